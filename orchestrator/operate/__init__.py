@@ -1,0 +1,1 @@
+"""What a person does to a running topology: dead letters, tailing, status, publishing, checks. No printing here."""
