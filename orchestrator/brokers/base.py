@@ -181,7 +181,7 @@ class Consumer(Protocol):
         When the broker brings it back too early, the adapter itself waits for history.not_before."""
 
     def mark(self, delivery: Delivery, history: History, done: Done) -> None:
-        """Stores `history` durably without settling; done before the handler is started. Only for redelivered events."""
+        """Stores `history` durably without settling; done before the handler starts. For redelivered events only."""
 
     def release(self, deliveries: Sequence[Delivery]) -> None:
         """Gives back what was never started, at once and uncounted: its next delivery is not `redelivered`
@@ -350,7 +350,7 @@ class Connection(Protocol):
 
     # reconcile
     async def observe(self, desired: Sequence[Desired]) -> list[Observed]:
-        """Everything in `desired` that exists, and everything else on the broker that is labelled as this topology's."""
+        """Everything in `desired` that exists, and all else on the broker that bears this topology's label."""
 
     async def create(self, desired: Desired) -> None:
         """Creates and labels. Doing it twice is harmless. Raises RefusedError when it exists and is not ours."""
