@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from orchestrator import clock
 from orchestrator.errors import DecodeError
 
 #: Namespace of every identifier that is derived instead of drawn at random.
@@ -32,7 +33,7 @@ class EventType(StrEnum):
 
 
 def _now() -> datetime:
-    return datetime.now(UTC)
+    return datetime.fromtimestamp(clock.now(), UTC)
 
 
 def _new_id() -> str:
