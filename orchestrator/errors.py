@@ -57,7 +57,15 @@ class BrokerUnavailable(BrokerError):
 
 
 class PublishRejected(BrokerError):
-    """The broker refused an event; sending the same again will not help."""
+    """The broker refused an event; sending the same again will not help.
+
+    `limit` is the largest size in bytes that the broker would have taken, given only when size was the reason: a dead
+    letter is then cut to fit.
+    """
+
+    def __init__(self, message: str, *, hint: str | None = None, limit: int | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.limit = limit
 
 
 class ResourceMissing(BrokerError):
