@@ -76,6 +76,7 @@ class Hub:
                     f"{message.event_type} {message.event_id}: {len(message.body)} bytes are more than the "
                     f"{self.max_body} that {self.name} takes",
                     hint="publish a reference to the data instead of the data",
+                    limit=self.max_body,
                 )
             mark = (log.address, message.message_id)
             if log.limit("dedup_window") and (mark in ids or log.remembers(message.message_id, now)):
