@@ -42,7 +42,9 @@ def compare(console: Console, broker: str, url: str, folder: Path, args: argpars
 
 
 def table(work: str, rates: dict[str, list[float]], args: argparse.Namespace) -> Table:
-    found = Table(title=f"{work}, {args.in_flight} in flight, median of {args.rounds} interleaved rounds", title_justify="left")
+    found = Table(
+        title=f"{work}, {args.in_flight} in flight, median of {args.rounds} interleaved rounds", title_justify="left"
+    )
     for column in ("", "events/s", "min", "max", "ours is"):
         found.add_column(column, justify="left" if not column else "right")
     ours = statistics.median(rates["ours"]) if rates["ours"] else None

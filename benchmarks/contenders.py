@@ -40,7 +40,9 @@ agents:
 class Round:
     """What the contenders of one round share."""
 
-    def __init__(self, broker: str, url: str, folder: Path, *, run: int, work: str, events: int, in_flight: int) -> None:
+    def __init__(
+        self, broker: str, url: str, folder: Path, *, run: int, work: str, events: int, in_flight: int
+    ) -> None:
         self.broker, self.url, self.folder = broker, url, folder
         self.run, self.work, self.events, self.in_flight = run, work, events, in_flight
         folder.mkdir(parents=True, exist_ok=True)
@@ -81,9 +83,7 @@ class Round:
         folder = self.folder / "ours"
         folder.mkdir(exist_ok=True)
         address = {"nats": "BENCH{}", "redis": "{{bench}}-{}", "kafka": "bench-tasks-{}"}[self.broker].format(self.run)
-        text = _TOPOLOGY.format(
-            run=self.run, url=self.url, address=address, work=self.work, in_flight=self.in_flight
-        )
+        text = _TOPOLOGY.format(run=self.run, url=self.url, address=address, work=self.work, in_flight=self.in_flight)
         (folder / "topology.yaml").write_text(text)
         command = [sys.executable, "-m", "orchestrator.cli.main", "apply", "--yes"]
         subprocess.run([*command, "--no-workers"], cwd=folder, env=env, check=True, capture_output=True)
@@ -101,7 +101,9 @@ class Round:
                 if time.monotonic() > deadline:
                     return None
                 if process.poll() not in (None, 0):
-                    raise RuntimeError(f"{contender} ended with {process.returncode}:\n{process.communicate()[1][-2000:]}")
+                    raise RuntimeError(
+                        f"{contender} ended with {process.returncode}:\n{process.communicate()[1][-2000:]}"
+                    )
                 time.sleep(0.05)
         finally:
             if process.poll() is None:

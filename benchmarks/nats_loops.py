@@ -35,12 +35,8 @@ async def seed(events: list[AgentEvent], contender: str) -> None:
             discard=DiscardPolicy.NEW,
         )
     )
-    await js.add_stream(
-        StreamConfig(name=f"{contender}_out", subjects=[f"{contender}.out.>"], duplicate_window=120)
-    )
-    await js.add_consumer(
-        f"{contender}_in", ConsumerConfig(durable_name="bench", ack_wait=30, max_ack_pending=4096)
-    )
+    await js.add_stream(StreamConfig(name=f"{contender}_out", subjects=[f"{contender}.out.>"], duplicate_window=120))
+    await js.add_consumer(f"{contender}_in", ConsumerConfig(durable_name="bench", ack_wait=30, max_ack_pending=4096))
     await nc.close()
     await fill(events, f"{contender}.in.task.assigned")
 

