@@ -41,6 +41,7 @@ class Capabilities:
     delayed_publish: bool = True  # ctx.publish(delay=)
     key_order: bool = False  # partitions by the channel's key
     frees_on_settle: bool = True  # a queue's space comes back when an event is settled
+    overlap: bool = True  # at a replacement the new worker may consume while the old one drains
     notes: tuple[str, ...] = ()  # one sentence each: what `plan` says of this broker's limits
 
 
