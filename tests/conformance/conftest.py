@@ -1,0 +1,56 @@
+"""The one fixture of this suite: `rig`, over every broker that the list below names."""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from .drivers import Driver, driver_class
+from .rig import Rig
+
+
+def _adapters() -> list[str]:
+    """The brokers that have an adapter."""
+    return [
+        kind
+        for kind in ("memory", "nats", "redis", "kafka")
+        if hasattr(importlib.import_module(f"orchestrator.brokers.{kind}"), "adapter")
+    ]
+
+
+BROKERS = _adapters()
+
+#: Fixture of tests/conftest.py that gives each broker's server; memory has none.
+SERVERS = {"nats": "nats_server", "redis": "redis_server", "kafka": "kafka_server"}
+
+
+@pytest.fixture(params=BROKERS)
+def driver(request: pytest.FixtureRequest) -> Iterator[Driver]:
+    kind: str = request.param
+    found = driver_class(kind)(request.getfixturevalue(SERVERS[kind]) if kind in SERVERS else None)
+    yield found
+    found.end()
+
+
+@pytest.fixture
+def rig(driver: Driver, tmp_path: Path) -> Rig:
+    return Rig(driver, tmp_path)
+
+
+@pytest.fixture
+def short_lease(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> float:
+    """Vanished consumers are given up after this many seconds, in this test; resources made later know it too."""
+    module, _, name = rig.driver.lease_constant.partition(":")
+    monkeypatch.setattr(importlib.import_module(module), name, rig.driver.short_lease)
+    return rig.driver.short_lease
+
+
+@pytest.fixture
+def stopwatch() -> Callable[[], float]:
+    """Seconds since the test began."""
+    begin = time.monotonic()
+    return lambda: time.monotonic() - begin

@@ -1,0 +1,84 @@
+"""Kafka: outside programs are plain confluent-kafka, called from a thread."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+from confluent_kafka import Consumer, Producer, TopicPartition
+from confluent_kafka.admin import AdminClient, NewTopic
+
+from orchestrator.topology.model import Channel, Subscription, Topology
+
+from . import ServerDriver
+
+
+class KafkaDriver(ServerDriver):
+    kind = "kafka"
+    lease_constant = "orchestrator.brokers.kafka.consumer:LEASE"
+    short_lease = 2.0
+    too_large = 1_048_588 + 1  # the broker's message.max.bytes
+    undeletable = "a group that is being read cannot be deleted on Kafka"
+
+    @property
+    def bootstrap(self) -> str:
+        return self.url.removeprefix("kafka://")
+
+    def address(self, topology: str, channel: str) -> str:
+        return f"{topology}-{channel}"
+
+    def _admin(self) -> AdminClient:
+        return AdminClient({"bootstrap.servers": self.bootstrap})
+
+    async def outside_publish(
+        self, topology: Topology, channel: Channel, event_type: str, body: bytes, headers: Mapping[str, str]
+    ) -> None:
+        def work() -> None:
+            producer = Producer({"bootstrap.servers": self.bootstrap})
+            producer.produce(channel.address, body, headers=[(k, v.encode()) for k, v in headers.items()])
+            assert producer.flush(15) == 0
+
+        await asyncio.to_thread(work)
+
+    async def outside_read(self, channel: Channel) -> list[bytes]:
+        def work() -> list[bytes]:
+            reader = Consumer({"bootstrap.servers": self.bootstrap, "group.id": uuid.uuid4().hex})
+            try:
+                topic = reader.list_topics(channel.address, timeout=15).topics[channel.address]
+                places = [TopicPartition(channel.address, number, 0) for number in topic.partitions]
+                left = sum(reader.get_watermark_offsets(place, timeout=15)[1] for place in places)
+                reader.assign(places)
+                found: list[bytes] = []
+                deadline = time.monotonic() + 15
+                while len(found) < left and time.monotonic() < deadline:
+                    message = reader.poll(0.2)
+                    if message is not None and message.error() is None:
+                        found.append(message.value())
+                return found
+            finally:
+                reader.close()
+
+        return await asyncio.to_thread(work)
+
+    async def outside_create(self, address: str) -> None:
+        await self._wait(self._admin().create_topics([NewTopic(address, 1, 1)]))
+
+    async def outside_exists(self, address: str) -> bool:
+        return await asyncio.to_thread(lambda: address in self._admin().list_topics(timeout=15).topics)
+
+    async def outside_delete(self, address: str) -> None:
+        await self._wait(self._admin().delete_topics([address]))
+
+    async def outside_delete_subscription(self, channel: Channel, subscription: Subscription) -> None:
+        await self._wait(self._admin().delete_consumer_groups([subscription.group]))
+
+    @staticmethod
+    async def _wait(futures: Mapping[str, Any]) -> None:
+        for future in futures.values():
+            await asyncio.wrap_future(future)
+
+
+driver = KafkaDriver

@@ -1,0 +1,69 @@
+"""NATS: outside programs are plain nats-py."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+
+import nats
+import nats.js.errors
+from nats.js import JetStreamContext
+from nats.js.api import ConsumerConfig, DeliverPolicy
+
+from orchestrator.topology.model import Channel, Subscription, Topology
+
+from . import ServerDriver
+
+
+class NatsDriver(ServerDriver):
+    kind = "nats"
+    lease_constant = "orchestrator.brokers.nats.consumer:LEASE"
+    too_large = 1024 * 1024 + 1  # the server's max_payload
+
+    def address(self, topology: str, channel: str) -> str:
+        return f"{topology}-{channel}"
+
+    @asynccontextmanager
+    async def _jetstream(self) -> AsyncIterator[JetStreamContext]:
+        client = await nats.connect(self.url)
+        try:
+            yield client.jetstream()
+        finally:
+            await client.close()
+
+    async def outside_publish(
+        self, topology: Topology, channel: Channel, event_type: str, body: bytes, headers: Mapping[str, str]
+    ) -> None:
+        prefix = topology.brokers[channel.broker].prefix
+        async with self._jetstream() as js:
+            await js.publish(prefix + event_type, body, headers=dict(headers) or None)
+
+    async def outside_read(self, channel: Channel) -> list[bytes]:
+        async with self._jetstream() as js:
+            count = (await js.stream_info(channel.address)).state.messages
+            config = ConsumerConfig(deliver_policy=DeliverPolicy.ALL)
+            reader = await js.pull_subscribe(f"*.{channel.events[0]}", stream=channel.address, config=config)
+            return [message.data for message in await reader.fetch(count, timeout=5)] if count else []
+
+    async def outside_create(self, address: str) -> None:
+        async with self._jetstream() as js:
+            await js.add_stream(name=address, subjects=[f"outside.{address}"])
+
+    async def outside_exists(self, address: str) -> bool:
+        async with self._jetstream() as js:
+            try:
+                await js.stream_info(address)
+            except nats.js.errors.NotFoundError:
+                return False
+            return True
+
+    async def outside_delete(self, address: str) -> None:
+        async with self._jetstream() as js:
+            await js.delete_stream(address)
+
+    async def outside_delete_subscription(self, channel: Channel, subscription: Subscription) -> None:
+        async with self._jetstream() as js:
+            await js.delete_consumer(channel.address, subscription.group)
+
+
+driver = NatsDriver

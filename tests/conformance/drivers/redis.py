@@ -1,0 +1,58 @@
+"""Redis: outside programs are plain redis-py; an event is a stream entry whose body is the field `payload`."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from typing import Any
+
+from redis.asyncio import Redis
+
+from orchestrator.topology.model import Channel, Subscription, Topology
+
+from . import ServerDriver
+
+
+class RedisDriver(ServerDriver):
+    kind = "redis"
+    lease_constant = "orchestrator.brokers.redis.consumer:LEASE"
+
+    def address(self, topology: str, channel: str) -> str:
+        return f"{{{topology}}}:{channel}"
+
+    @asynccontextmanager
+    async def _client(self) -> AsyncIterator[Redis]:
+        client: Any = Redis.from_url(self.url)
+        try:
+            yield client
+        finally:
+            await client.aclose()
+
+    async def outside_publish(
+        self, topology: Topology, channel: Channel, event_type: str, body: bytes, headers: Mapping[str, str]
+    ) -> None:
+        async with self._client() as client:
+            await client.xadd(channel.address, {"payload": body, "event_type": event_type, **headers})
+
+    async def outside_read(self, channel: Channel) -> list[bytes]:
+        async with self._client() as client:
+            return [fields[b"payload"] for _, fields in await client.xrange(channel.address)]
+
+    async def outside_create(self, address: str) -> None:
+        async with self._client() as client:
+            await client.xadd(address, {"payload": b"theirs"})
+
+    async def outside_exists(self, address: str) -> bool:
+        async with self._client() as client:
+            return bool(await client.exists(address))
+
+    async def outside_delete(self, address: str) -> None:
+        async with self._client() as client:
+            await client.delete(address)
+
+    async def outside_delete_subscription(self, channel: Channel, subscription: Subscription) -> None:
+        async with self._client() as client:
+            await client.xgroup_destroy(channel.address, subscription.group)
+
+
+driver = RedisDriver
