@@ -1,0 +1,150 @@
+"""Which adapter serves a broker's URL, and what a broker entry means. Part of meaning."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import unquote
+
+from orchestrator.topology import spec
+from orchestrator.topology.diagnostics import Problems, near
+from orchestrator.topology.model import Auth, Broker, Tls
+from orchestrator.topology.shape import Entry
+
+#: URL scheme -> adapter package. "embedded" is NATS; "memory" exists for orchestrator.testing.
+SCHEMES = {
+    "embedded": "nats",
+    "nats": "nats",
+    "tls": "nats",
+    "kafka": "kafka",
+    "redis": "redis",
+    "rediss": "redis",
+    "redis+sentinel": "redis",
+    "redis+cluster": "redis",
+    "memory": "memory",
+}
+
+#: The broker of a topology that names none.
+EMBEDDED = Broker(name="default", url="embedded", kind="nats")
+
+_WANTED = "embedded, or a URL: nats:// tls:// kafka:// redis:// rediss:// redis+sentinel:// redis+cluster://"
+_NEEDS = {
+    "plain": ("username", "password"),
+    "scram-sha-256": ("username", "password"),
+    "scram-sha-512": ("username", "password"),
+    "token": ("token",),
+    "nkey": ("seed",),
+    "creds": ("file",),
+}
+_SPEAKS = {
+    "nats": ("plain", "token", "nkey", "creds"),
+    "kafka": ("plain", "scram-sha-256", "scram-sha-512"),
+    "redis": ("plain",),
+    "memory": (),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """A URL taken apart as far as it needs to be checked."""
+
+    scheme: str
+    hosts: tuple[str, ...]
+    password: str | None
+
+
+def address(url: str) -> Address:
+    """Takes a broker URL apart; several servers stand behind one another with commas. Raises ValueError."""
+    if url in ("embedded", "memory"):
+        return Address(url, (), None)
+    scheme, separator, rest = url.partition("://")
+    if not separator or scheme not in SCHEMES or scheme == "embedded":
+        raise ValueError(f"`{scheme}://` is no scheme of a broker" if separator else "it is no URL")
+    hosts, password = [], None
+    for piece in re.split(r"[/?#]", rest, maxsplit=1)[0].split(",") if scheme == "redis+sentinel" else rest.split(","):
+        server = re.split(r"[/?#]", piece.removeprefix(f"{scheme}://"), maxsplit=1)[0]
+        login, at, host = server.rpartition("@")
+        if at and ":" in login:
+            password = unquote(login.partition(":")[2])
+        name, port = re.fullmatch(r"(\[[^\]]*\]|[^:]*)(?::(.*))?", host, re.DOTALL).groups() if host else ("", None)  # type: ignore[union-attr]
+        if not name or re.search(r"[\s\x00-\x1f]", name):
+            raise ValueError("a host is missing")
+        if port is not None and not (
+            port.isascii() and port.isdigit() and 0 < len(port) <= 5 and 0 < int(port) < 65536
+        ):
+            raise ValueError("the port is no number from 1 to 65535")
+        hosts.append(host)
+    return Address(scheme, tuple(hosts), password)
+
+
+def resolve_broker(entry: Entry[spec.BrokerSpec], secrets: list[str], problems: Problems) -> Broker | None:
+    """The broker, None when its URL is unusable. Credentials found in it are added to `secrets`."""
+    said = entry.spec
+    if said.url is None:
+        if not entry.given("url"):
+            problems.error("missing-key", f"the broker `{entry.name}` has no `url`", entry.key, expected=_WANTED)
+        return None
+    try:
+        found = address(said.url)
+    except ValueError as error:
+        scheme = said.url.partition("://")[0]
+        hint = near(scheme, [s for s in SCHEMES if s != "memory"]) if scheme not in SCHEMES else None
+        problems.error("url", f"not a broker's URL: {error}", entry.at("url"), expected=_WANTED, suggestion=hint)
+        return None
+    kind = SCHEMES[found.scheme]
+    folder = entry.node.source.folder
+    secrets += [s for s in (found.password,) if s]
+    return Broker(
+        name=entry.name,
+        url=said.url,
+        kind=kind,
+        prefix=said.prefix or "",
+        auth=_auth(entry, kind, folder, secrets, problems),
+        tls=_tls(said.tls, folder),
+        cluster_id=said.cluster_id,
+        client=said.client or {},
+    )
+
+
+def _auth(
+    entry: Entry[spec.BrokerSpec], kind: str, folder: Path, secrets: list[str], problems: Problems
+) -> Auth | None:
+    said = entry.spec.auth
+    if said is None:
+        return None
+    secrets += [s for s in (said.password, said.token, said.seed) if s]
+    if said.mechanism is None:
+        if "auth" not in entry.dropped:
+            choices = " | ".join(_SPEAKS[kind])
+            problems.error("missing-key", "`auth` has no `mechanism`", entry.at("auth"), expected=choices)
+        return None
+    if said.mechanism not in _SPEAKS[kind] and kind != "memory":
+        problems.error(
+            "auth",
+            f"{kind} does not know the mechanism {said.mechanism}",
+            entry.at("auth", "mechanism"),
+            expected=" | ".join(_SPEAKS[kind]),
+        )
+    for name in _NEEDS[said.mechanism]:
+        optional = kind == "redis" and name == "username"  # `requirepass` alone has no user
+        if getattr(said, name) is None and not optional and "auth" not in entry.dropped:
+            problems.error("missing-key", f"{said.mechanism} needs `{name}`", entry.at("auth"), expected=f"auth.{name}")
+    return Auth(
+        mechanism=said.mechanism,
+        username=said.username,
+        password=said.password,
+        token=said.token,
+        seed=said.seed,
+        file=_beside(folder, said.file),
+    )
+
+
+def _tls(said: spec.TlsSpec | None, folder: Path) -> Tls | None:
+    if said is None:
+        return None
+    return Tls(ca=_beside(folder, said.ca), cert=_beside(folder, said.cert), key=_beside(folder, said.key))
+
+
+def _beside(folder: Path, path: str | None) -> str | None:
+    return None if path is None else str(folder / Path(path).expanduser())

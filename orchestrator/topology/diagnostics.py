@@ -1,0 +1,173 @@
+"""What is wrong with a topology file, and how it is shown. Used by every step of the walk that loads one.
+
+Steps report to a `Problems` and go on, so that one run names every mistake.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from orchestrator.errors import OrchestratorError
+from orchestrator.topology.model import Mark
+
+_BOLD, _RED, _YELLOW, _CYAN, _OFF = "\x1b[1m", "\x1b[31m", "\x1b[33m", "\x1b[36m", "\x1b[0m"
+_WIDEST = 160  # a longer source line is shown as a window around its column
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnostic:
+    """One finding. `code` is stable, for programs; `line` is the text of the marked source line."""
+
+    severity: Literal["error", "warning"]
+    message: str
+    mark: Mark | None
+    expected: str | None
+    suggestion: str | None
+    code: str
+    line: str | None = None
+
+    def redacted(self, redact: Callable[[str], str]) -> Diagnostic:
+        """The same without secrets."""
+
+        def clean(text: str | None) -> str | None:
+            return None if text is None else redact(text)
+
+        return replace(
+            self,
+            message=redact(self.message),
+            expected=clean(self.expected),
+            suggestion=clean(self.suggestion),
+            line=clean(self.line),
+        )
+
+
+class TopologyError(OrchestratorError):
+    """The topology is wrong. `diagnostics` holds every error and warning found, in the order of the files.
+
+    `files` are the files that were read, so that a watcher knows what to watch until it is mended.
+    """
+
+    def __init__(self, diagnostics: Sequence[Diagnostic], files: Sequence[Path] = ()) -> None:
+        errors = [d for d in diagnostics if d.severity == "error"]
+        first = errors[0] if errors else diagnostics[0]
+        more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+        place = f"{first.mark}: " if first.mark else ""
+        super().__init__(f"{place}{first.message}{more}", hint=first.suggestion or first.expected)
+        self.diagnostics = list(diagnostics)
+        self.files = tuple(files)
+
+
+@dataclass(slots=True)
+class Problems:
+    """Collects findings. Not more than `limit` errors are kept: a file that is no topology at all stays readable."""
+
+    found: list[Diagnostic] = field(default_factory=list)
+    limit: int = 200
+
+    def error(
+        self,
+        code: str,
+        message: str,
+        at: Marked | None = None,
+        *,
+        expected: str | None = None,
+        suggestion: str | None = None,
+    ) -> None:
+        """Adds an error at a node or a place in a file."""
+        self._add("error", code, message, at, expected, suggestion)
+
+    def warning(self, code: str, message: str, at: Marked | None = None, *, suggestion: str | None = None) -> None:
+        """Adds a warning; `--strict` treats it as an error."""
+        self._add("warning", code, message, at, None, suggestion)
+
+    def _add(
+        self,
+        severity: Literal["error", "warning"],
+        code: str,
+        message: str,
+        at: Marked | None,
+        expected: str | None,
+        suggestion: str | None,
+    ) -> None:
+        if len(self.found) < self.limit:
+            mark = at.mark if at is not None else None
+            line = at.source_line if at is not None else None
+            self.found.append(Diagnostic(severity, message, mark, expected, suggestion, code, line))
+
+    @property
+    def errors(self) -> bool:
+        """Whether any error was found."""
+        return any(d.severity == "error" for d in self.found)
+
+
+class Marked:
+    """Something that stands at a place in a file: the base of YAML nodes."""
+
+    __slots__ = ()
+
+    @property
+    def mark(self) -> Mark:
+        """File, line and column."""
+        raise NotImplementedError
+
+    @property
+    def source_line(self) -> str:
+        """The text of that line."""
+        raise NotImplementedError
+
+
+def near(name: str, names: Iterable[str]) -> str | None:
+    """ "did you mean `x`?" for the closest of `names`, None when nothing is close."""
+    found = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
+    if not found:
+        lowered = {n.lower(): n for n in names}
+        found = [lowered[name.lower()]] if name.lower() in lowered else []
+    return f"did you mean `{found[0]}`?" if found else None
+
+
+def listing(names: Iterable[str], most: int = 12) -> str:
+    """ "a, b, c" in order, cut after `most`."""
+    every = list(names)
+    return ", ".join(every[:most]) + (f", … ({len(every)} in all)" if len(every) > most else "")
+
+
+def render(diagnostics: Sequence[Diagnostic], color: bool = False) -> str:
+    """All findings as text for people: place, message, source line with a caret, what was expected."""
+
+    def paint(code: str, text: str) -> str:
+        return f"{code}{text}{_OFF}" if color else text
+
+    blocks = []
+    for d in diagnostics:
+        tone = _RED if d.severity == "error" else _YELLOW
+        place = f"{d.mark}: " if d.mark else ""
+        lines = [f"{paint(_BOLD, place)}{paint(tone, d.severity + ':')} {_safe(d.message)} [{d.code}]"]
+        if d.mark and d.line is not None:
+            lines += _excerpt(d.mark, d.line, lambda caret, tone=tone: paint(tone, caret))
+        if d.expected:
+            lines.append(f"  expected {_safe(d.expected)}")
+        if d.suggestion:
+            lines.append(f"  {paint(_CYAN, _safe(d.suggestion))}")
+        blocks.append("\n".join(lines))
+    return "\n".join(blocks)
+
+
+def _excerpt(mark: Mark, line: str, paint: Callable[[str], str]) -> list[str]:
+    column = min(mark.column - 1, len(line))
+    start = 0
+    if len(line) > _WIDEST:
+        start = max(0, column - _WIDEST // 2)
+    shown = _safe(line[start : start + _WIDEST])
+    # Tabs are kept above the caret, so that it stands below its character at any tab width.
+    lead = "".join("\t" if c == "\t" else " " for c in line[start:column])
+    number = str(mark.line)
+    return [f"  {number} | {shown}", f"  {' ' * len(number)} | {lead}{paint('^')}"]
+
+
+def _safe(text: str) -> str:
+    """Control characters (an escape sequence in a hostile file) as escapes; one line stays one line."""
+    return "".join(c if c == "\t" or c.isprintable() else c.encode("unicode_escape").decode() for c in text)
