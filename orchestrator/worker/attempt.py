@@ -1,0 +1,372 @@
+"""One run of one event: decode, check, call the handler, collect what it publishes, settle.
+
+Walk "an event that dies", second step. The hot path of the worker: no future, timer or log line for each event.
+Outputs are held until the loop's turn ends; when the handler has returned by then they ride with the settlement,
+otherwise Runtime.flush sends them. The event is settled once all of them are confirmed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from enum import IntEnum
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel
+
+from orchestrator import wire
+from orchestrator.brokers.base import Delivery, Outgoing, Producer
+from orchestrator.errors import BrokerUnavailable, OrchestratorError, PublishRejected
+from orchestrator.event import AgentEvent
+from orchestrator.topology.units import seconds
+from orchestrator.worker import endings
+from orchestrator.worker.context import Context, Payload, SyncContext
+from orchestrator.worker.journal import State
+
+if TYPE_CHECKING:
+    from orchestrator.worker.port import Port
+    from orchestrator.worker.runtime import Runtime
+
+_FOREVER = float("inf")
+
+
+class Stage(IntEnum):
+    MARKING = 0  # taken, but not started
+    RUNNING = 1
+    SETTLING = 2
+    ENDED = 3
+
+
+class Stop(IntEnum):
+    """Why a running attempt was told to stop."""
+
+    TIMEOUT = 1
+    DRAIN = 2
+    REVOKED = 3
+
+
+class Attempt:
+    __slots__ = (
+        "_awaiting",
+        "_entered",
+        "_error",
+        "_foreign",
+        "_index",
+        "_origin",
+        "_refused",
+        "_unconfirmed",
+        "deadline",
+        "delivery",
+        "event",
+        "history",
+        "outputs",
+        "port",
+        "runtime",
+        "slot",
+        "stage",
+        "stop_reason",
+        "task",
+    )
+
+    def __init__(self, runtime: Runtime, port: Port, delivery: Delivery, slot: int) -> None:
+        self.runtime = runtime
+        self.port = port
+        self.delivery = delivery
+        self.history = delivery.history
+        self.slot = slot
+        self.stage = Stage.MARKING
+        self.event: AgentEvent | None = None
+        self.task: asyncio.Task[None] | None = None
+        self.stop_reason: Stop | None = None
+        self.deadline = _FOREVER
+        self.outputs: list[Outgoing] = []
+        self._origin: wire.Origin | None = None
+        self._index = 0
+        self._foreign = False  # some output belongs on another broker
+        self._unconfirmed = 0
+        self._error: BaseException | None = None
+        self._entered = False
+        self._awaiting = False  # the handler has returned and some output is not confirmed yet
+        self._refused: Callable[[BaseException], None] | None = None
+
+    # --- running ----------------------------------------------------------------------------------------------
+
+    def start(self, state: State) -> None:
+        """Runs the handler, or ends at once when the event is not for it. The journal knows before anything else."""
+        runtime, port, delivery = self.runtime, self.port, self.delivery
+        runtime.journal.begin(self.slot, state, port.code, delivery.token)
+        self.stage = Stage.RUNNING
+        try:
+            self.event = event = port.read(delivery)
+            wanted = port.wants(event, delivery)
+        except OrchestratorError as error:
+            self.fail(error)
+            return
+        if not wanted:
+            self.settle(())
+            return
+        self.deadline = runtime.loop.time() + runtime.agent.timeout
+        runtime.handling()
+        self.task = runtime.loop.create_task(self._run(event))
+
+    async def _run(self, event: AgentEvent) -> None:
+        self._entered = True
+        if self.stop_reason is not None:
+            self._stopped()
+            return
+        runtime = self.runtime
+        try:
+            if runtime.handler.threaded:
+                result = await runtime.in_thread(runtime.handler.call, event, SyncContext(self))
+            else:
+                result = await runtime.handler.call(event, Context(self))
+            if self.stop_reason is None and result is not None:
+                self._returned(event, result)
+        except GeneratorExit:
+            raise
+        except BaseException as error:  # sys.exit() in a handler is a failed attempt, not the worker's end
+            self._raised(error)
+        else:
+            if self.stage is Stage.RUNNING:
+                if self.stop_reason is None:
+                    self._finish()
+                else:
+                    self._stopped()
+
+    def _raised(self, error: BaseException) -> None:
+        """A CancelledError that nobody asked for came from inside the handler: a failure like any other."""
+        if self.stage is not Stage.RUNNING:
+            return  # given back while it would not stop
+        if self.stop_reason is None or (
+            self.stop_reason is Stop.TIMEOUT and not isinstance(error, asyncio.CancelledError)
+        ):
+            self.fail(error)
+        else:
+            self._stopped()
+
+    def stop(self, reason: Stop) -> None:
+        """Cancels the handler; code in a thread cannot be cancelled and is waited for."""
+        self.stop_reason = reason
+        if self.task is not None and self._entered and not self.runtime.handler.threaded:
+            self.task.cancel()
+
+    def _stopped(self) -> None:
+        if self.stop_reason is Stop.TIMEOUT:
+            self.fail(TimeoutError(f"no end within {self.runtime.agent.timeout:g} s"))
+        elif self.stop_reason is Stop.DRAIN:
+            endings.give_back(self)
+        else:
+            self.end()
+
+    def _returned(self, event: AgentEvent, result: object) -> None:
+        """A returned dict or model answers a request, and is published when that can only mean one type."""
+        if not isinstance(result, (dict, BaseModel)):
+            return
+        only = self.runtime.only_type
+        if only is not None:
+            self.add(self.output(only, result, None, None, None, 0.0))
+        if "reply-to" in self.delivery.headers:
+            self.answer(result if isinstance(result, dict) else result.model_dump(mode="json"))
+
+    # --- publishing -------------------------------------------------------------------------------------------
+
+    def output(
+        self,
+        event_type: str,
+        payload: Payload | None,
+        target_agent: str | None,
+        key: str | None,
+        metadata: Mapping[str, Any] | None,
+        delay: float | str,
+        event_id: str | None = None,
+    ) -> Outgoing:
+        """Validates and builds one output; any thread."""
+        if self.stage is not Stage.RUNNING:
+            raise OrchestratorError(
+                "this event has been settled: its context cannot publish any more",
+                hint="await everything that publishes before the handler returns",
+            )
+        route = self.runtime.routes.find(event_type)
+        built = wire.build(
+            route,
+            event_type,
+            {} if payload is None else payload,
+            self.origin,
+            self._index,
+            target_agent=target_agent,
+            key=key,
+            metadata=metadata,
+            delay=seconds(delay) if isinstance(delay, str) else delay,
+            event_id=event_id,
+        )
+        if event_id is None:
+            self._index += 1
+        return built.message
+
+    @property
+    def origin(self) -> wire.Origin:
+        if self._origin is None:
+            event = self.require_event()
+            agent = self.runtime.agent
+            trace = wire.child_traceparent(self.delivery.headers, event.correlation_id)
+            self._origin = wire.Origin(agent.name, event, trace, agent.propagate)
+        return self._origin
+
+    def require_event(self) -> AgentEvent:
+        assert self.event is not None, "a handler runs after its event was decoded"
+        return self.event
+
+    def add(self, message: Outgoing) -> None:
+        """Takes an output; it goes out at the end of this turn of the loop."""
+        if message.channel.broker != self.port.broker:
+            self._foreign = True
+        if not self.outputs:
+            self.runtime.flush_later(self)
+        self.outputs.append(message)
+
+    def flush(self) -> None:
+        """Sends what is held, unless the attempt has ended meanwhile and settles with it."""
+        if self.stage is Stage.RUNNING and self.outputs:
+            held, self.outputs = self.outputs, []
+            self._foreign = False
+            self._send(held)
+
+    async def wait_for(self, producer: Producer) -> None:
+        """Room at the broker. The time that this takes is the broker's, not the handler's."""
+        loop, deadline = self.runtime.loop, self.deadline
+        before, self.deadline = loop.time(), _FOREVER
+        try:
+            await producer.wait_ready()
+        finally:
+            self.deadline = deadline + loop.time() - before
+
+    async def request(self, event_type: str, payload: Payload | None, timeout: float, **options: Any) -> AgentEvent:
+        """Sends a request at once, under an id of its own: a rerun must not be swallowed by dedup."""
+        message = self.output(
+            event_type,
+            payload,
+            options.get("target_agent"),
+            options.get("key"),
+            options.get("metadata"),
+            options.get("delay", 0.0),
+            event_id=AgentEvent(event_type=event_type).event_id,
+        )
+        return await self.runtime.requests.call(message, timeout)
+
+    def answer(self, payload: dict[str, Any]) -> None:
+        """Replies to the one who asked. A reply that cannot be sent is the asker's timeout, not our failure."""
+        address = self.delivery.headers.get("reply-to")
+        if not address or self.event is None:
+            return
+        reply = wire.reply_to(self.event, self.port.channel, self.runtime.agent.name, payload, self.origin.traceparent)
+        try:
+            self.port.producer.reply(address, reply, self.runtime.replied)
+        except OrchestratorError as error:
+            self.runtime.replied(error)
+
+    # --- settling ---------------------------------------------------------------------------------------------
+
+    def _finish(self) -> None:
+        """The handler has returned: settle as soon as all that it published is confirmed."""
+        if self._error is not None:
+            self.fail(self._error)
+            return
+        held, self.outputs = self.outputs, []
+        if not self._foreign and not self._unconfirmed:
+            self.settle(held)
+            return
+        self.has_returned()
+        self._awaiting = True
+        self.outputs = [message for message in held if message.channel.broker == self.port.broker]
+        self._send([message for message in held if message.channel.broker != self.port.broker])
+        self._settle_when_confirmed()
+
+    def _send(self, messages: Sequence[Outgoing]) -> None:
+        self._unconfirmed += len(messages)
+        for message in messages:
+            self.runtime.send(message, self._confirmed)
+
+    def _confirmed(self, error: BaseException | None) -> None:
+        self._unconfirmed -= 1
+        if error is not None and self._error is None:
+            self._error = error
+        self._settle_when_confirmed()
+
+    def _settle_when_confirmed(self) -> None:
+        if not self._awaiting or self._unconfirmed:
+            return
+        self._awaiting = False
+        if self._error is not None:
+            self._settled(self._error)
+        else:
+            held, self.outputs = self.outputs, []
+            self.settle(held)
+
+    def settle(self, outputs: Sequence[Outgoing], refused: Callable[[BaseException], None] | None = None) -> None:
+        """All `outputs` are on this broker. `refused` (default: the attempt has failed) is called when one is not
+        accepted."""
+        self.has_returned()
+        self._refused = refused
+        try:
+            self.port.consumer.settle(self.delivery, outputs, self._settled)
+        except PublishRejected as error:
+            self._settled(error)
+
+    def settle_across(self, outputs: Sequence[Outgoing], refused: Callable[[BaseException], None]) -> None:
+        """As settle, for outputs on any broker: those elsewhere are confirmed first."""
+        self.has_returned()
+        self._refused = refused
+        here = [message for message in outputs if message.channel.broker == self.port.broker]
+        elsewhere = [message for message in outputs if message.channel.broker != self.port.broker]
+        left = len(elsewhere)
+        failed: list[BaseException] = []
+
+        def confirmed(error: BaseException | None) -> None:
+            nonlocal left
+            left -= 1
+            if error is not None:
+                failed.append(error)
+            if left <= 0:
+                if failed:
+                    self._settled(failed[0])
+                else:
+                    self.settle(here, refused)
+
+        for message in elsewhere:
+            self.runtime.send(message, confirmed)
+        if not elsewhere:
+            self.settle(here, refused)
+
+    def has_returned(self) -> None:
+        """From here on a crash is not the handler's."""
+        if self.stage is Stage.MARKING:
+            self.runtime.journal.begin(self.slot, State.RETURNED, self.port.code, self.delivery.token)
+        elif self.stage is Stage.RUNNING:
+            self.runtime.journal.set(self.slot, State.RETURNED)
+        self.stage = Stage.SETTLING
+        self.deadline = _FOREVER
+
+    def _settled(self, error: BaseException | None) -> None:
+        if error is None:
+            if self.task is not None and self._refused is None:
+                self.runtime.counters.handled += 1
+            self.end()
+        elif isinstance(error, BrokerUnavailable):
+            self.end()  # no longer ours, or the connection is being closed: whoever gets it next starts anew
+        elif self._refused is not None:
+            self._refused(error)
+        else:
+            self.fail(error)
+
+    def fail(self, error: BaseException) -> None:
+        """The attempt has failed; what happens now is the policy's to say."""
+        self.outputs = []
+        self._awaiting = False
+        self.has_returned()
+        endings.after(self, error)
+
+    def end(self) -> None:
+        """Leaves the slot."""
+        if self.stage is not Stage.ENDED:
+            self.stage = Stage.ENDED
+            self.runtime.ended(self)

@@ -1,0 +1,214 @@
+"""Finds the user's code and says how to call it. Each handler kind registers one loader in KINDS.
+
+A loader returns a Loaded: `call(event, ctx)` runs the handler for one event, in the loop when it is async and in a
+thread when `threaded`. A payload model is validated inside that call, so what is wrong with it is the event's fault.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+import traceback
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from orchestrator.errors import HandlerLoadError, PayloadError
+from orchestrator.event import AgentEvent
+from orchestrator.topology.model import Agent, Topology
+from orchestrator.worker.context import AgentContext, Context, SyncContext
+
+_OURS = str(Path(__file__).resolve().parent.parent)
+_NAMES = {"event": "event", "ctx": "ctx", "context": "ctx", "payload": "payload"}
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A handler ready to be called. `call` returns an awaitable, or the result itself when `threaded`."""
+
+    call: Callable[[AgentEvent, Any], Any]
+    threaded: bool = False
+    lifespan: Callable[[AgentContext], AbstractAsyncContextManager[Any]] | None = None
+
+
+def load(topology: Topology, agent: Agent) -> Loaded:
+    """The handler of `agent`. Raises HandlerLoadError with the user module's own traceback."""
+    if agent.handler is None:
+        raise HandlerLoadError(f"agent {agent.name!r} is external: nothing of it runs here")
+    if (loader := KINDS.get(agent.handler.kind)) is None:
+        raise HandlerLoadError(
+            f"agent {agent.name!r}: there is no handler kind {agent.handler.kind!r}",
+            hint=f"kinds are: {', '.join(KINDS)}",
+        )
+    return loader(topology, agent)
+
+
+def load_python(topology: Topology, agent: Agent) -> Loaded:
+    """`module:function`, resolved beside the topology file first."""
+    assert agent.handler is not None
+    module_name, _, path = agent.handler.call.partition(":")
+    module = import_beside(topology.root, module_name, agent.name)
+    function: Any = module
+    for name in path.split("."):
+        function = getattr(function, name, None)
+    if not callable(function):
+        public = sorted(n for n, v in vars(module).items() if inspect.isfunction(v) and v.__module__ == module.__name__)
+        raise HandlerLoadError(
+            f"agent {agent.name!r}: {module_name} has no function {path!r} ({module.__file__})",
+            hint=f"it has: {', '.join(public) or 'no functions'}",
+        )
+    asynchronous = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
+        getattr(function, "__call__", None)  # noqa: B004  an object with an async __call__ is a handler too
+    )
+    return Loaded(bind(function, agent.name), threaded=not asynchronous, lifespan=getattr(module, "lifespan", None))
+
+
+KINDS: dict[str, Callable[[Topology, Agent], Loaded]] = {"python": load_python}
+
+
+def import_beside(root: Path, name: str, agent: str) -> ModuleType:
+    """Imports module `name` with `root` first on the path. Raises HandlerLoadError."""
+    place = str(root)
+    if not sys.path or sys.path[0] != place:
+        sys.path.insert(0, place)
+        importlib.invalidate_caches()
+    _forget_namesake(root, name.partition(".")[0], agent)
+    try:
+        return importlib.import_module(name)
+    except BaseException as error:  # user code: sys.exit() at module level too
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        missing = isinstance(error, ModuleNotFoundError) and error.name == name
+        raise HandlerLoadError(
+            f"agent {agent!r}: the handler module {name!r} cannot be imported: {type(error).__name__}: {error}",
+            hint=f"handlers are looked for in {root} first, then among installed packages" if missing else None,
+            traceback=user_traceback(error),
+        ) from error
+
+
+def _forget_namesake(root: Path, top: str, agent: str) -> None:
+    """A module of the same name from another folder (another topology in this process) gives way to ours."""
+    ours = next((p for p in (root / f"{top}.py", root / top / "__init__.py") if p.exists()), None)
+    there = sys.modules.get(top)
+    if ours is None or there is None:
+        return
+    if top in sys.stdlib_module_names:
+        raise HandlerLoadError(
+            f"agent {agent!r}: {ours.name} has the name of a module of Python itself", hint="rename it"
+        )
+    if Path(getattr(there, "__file__", None) or "").resolve() != ours.resolve():
+        for loaded in [m for m in sys.modules if m == top or m.startswith(f"{top}.")]:
+            del sys.modules[loaded]
+
+
+def user_traceback(error: BaseException) -> str:
+    """The traceback as text, without the frames of this package and of the import machinery."""
+    seen = traceback.TracebackException.from_exception(error)
+    at: traceback.TracebackException | None = seen
+    while at is not None:
+        at.stack = traceback.StackSummary.from_list([frame for frame in at.stack if not _is_ours(frame.filename)])
+        at = at.__cause__ or at.__context__
+    return "".join(seen.format())
+
+
+def _is_ours(filename: str) -> bool:
+    return filename.startswith((_OURS, "<frozen importlib"))
+
+
+def bind(function: Callable[..., Any], agent: str) -> Callable[[AgentEvent, Any], Any]:
+    """A call(event, ctx) for a function whose parameters may be the event, the context and a payload model, in any
+    order, told apart by annotation, then by name, then by place. Raises HandlerLoadError."""
+    kinds = [_kind(parameter, place, function) for place, parameter in enumerate(_parameters(function, agent))]
+    for kind in ("event", "ctx"):
+        if kinds.count(kind) > 1:
+            raise HandlerLoadError(f"agent {agent!r}: {_name(function)} takes the {kind} twice", hint=_SHAPE)
+    match kinds:
+        case ["event", "ctx"]:
+            return function
+        case ["ctx", "event"]:
+            return lambda event, ctx: function(ctx, event)
+        case ["event"]:
+            return lambda event, ctx: function(event)
+
+    def call(event: AgentEvent, ctx: Any) -> Any:
+        return function(*[_argument(kind, event, ctx) for kind in kinds])
+
+    return call
+
+
+_SHAPE = "write it as: async def handler(event: AgentEvent, ctx: Context)"
+
+
+def _parameters(function: Callable[..., Any], agent: str) -> list[tuple[str, Any]]:
+    """(name, annotation) of the parameters that have to be filled."""
+    found = []
+    try:
+        signature = inspect.signature(function, eval_str=True)
+    except NameError:
+        signature = inspect.signature(function)  # a name imported for type checkers only: names and places decide
+    except (TypeError, ValueError) as error:
+        raise HandlerLoadError(f"agent {agent!r}: {_name(function)} cannot be called: {error}", hint=_SHAPE) from error
+    for parameter in signature.parameters.values():
+        if parameter.kind is parameter.VAR_POSITIONAL or parameter.kind is parameter.VAR_KEYWORD:
+            continue
+        if parameter.default is not parameter.empty and parameter.annotation is parameter.empty:
+            continue
+        if parameter.kind is parameter.KEYWORD_ONLY:
+            if parameter.default is parameter.empty:
+                raise HandlerLoadError(
+                    f"agent {agent!r}: {_name(function)} needs {parameter.name!r} by keyword", hint=_SHAPE
+                )
+            continue
+        found.append((parameter.name, parameter.annotation))
+    return found
+
+
+def _kind(parameter: tuple[str, Any], place: int, function: Callable[..., Any]) -> str | type[BaseModel]:
+    name, annotation = parameter
+    if isinstance(annotation, type):
+        if issubclass(annotation, AgentEvent):
+            return "event"
+        if issubclass(annotation, AgentContext):
+            return "ctx"
+        if issubclass(annotation, BaseModel):
+            return annotation
+        if annotation is dict:
+            return "payload"
+    if isinstance(annotation, str):
+        last = annotation.rpartition(".")[2]
+        if last in ("AgentEvent", "Context", "SyncContext"):
+            return "event" if last == "AgentEvent" else "ctx"
+    if name in _NAMES:
+        return _NAMES[name]
+    if annotation is inspect.Parameter.empty and place < 2:
+        return ("event", "ctx")[place]
+    raise HandlerLoadError(
+        f"{_name(function)}: what is the parameter {name!r}? It is neither event, context nor a pydantic model",
+        hint=_SHAPE,
+    )
+
+
+def _argument(kind: str | type[BaseModel], event: AgentEvent, ctx: Context | SyncContext) -> Any:
+    if kind == "event":
+        return event
+    if kind == "ctx":
+        return ctx
+    if kind == "payload":
+        return event.payload
+    assert isinstance(kind, type)
+    try:
+        return kind.model_validate(event.payload)
+    except ValidationError as error:
+        problems = error.errors(include_url=False, include_context=False, include_input=False)
+        what = "; ".join(f"{'.'.join(map(str, p['loc'])) or 'payload'}: {p['msg']}" for p in problems[:5])
+        raise PayloadError(f"the payload of {event.event_type} is no {kind.__name__}: {what}") from None
+
+
+def _name(function: Callable[..., Any]) -> str:
+    return getattr(function, "__qualname__", None) or type(function).__name__

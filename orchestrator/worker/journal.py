@@ -1,0 +1,120 @@
+"""What this worker is doing with which event, in a file that outlives the process.
+
+One record for each slot of concurrency in an mmap: writing is a memory copy (no system call), and the kernel keeps the
+page when the process is killed. The next worker in the same place reads it and calls Consumer.recover, so a crash is
+counted for the events that had started and for no others.
+
+Layout, little endian: magic "OJRN", version, record size, number of records; then each record: state byte, token
+length, checksum of the subscription, token. The state byte is written last.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+import zlib
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
+
+from orchestrator.brokers.base import Ended
+from orchestrator.topology.model import Subscription
+
+TOKEN = 400  # bytes at most: the border's promise
+_HEADER = struct.Struct("<4sHHI")
+_HEAD = struct.Struct("<HI")  # behind the state byte
+_RECORD = 1 + _HEAD.size + TOKEN + 1  # even
+_MAGIC, _VERSION = b"OJRN", 1
+
+
+class State(IntEnum):
+    FREE = 0
+    STARTED = 1
+    STARTED_ALONE = 2
+    BLAMED = 3
+    RETURNED = 4
+
+
+_ENDED: dict[int, Ended] = {
+    State.STARTED: Ended.STARTED,
+    State.STARTED_ALONE: Ended.STARTED_ALONE,
+    State.BLAMED: Ended.BLAMED,
+    State.RETURNED: Ended.RETURNED,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One event that a dead worker had not settled. `subscription` is subscription_code() of what it came from."""
+
+    ended: Ended
+    subscription: int
+    token: bytes
+
+
+class Journal:
+    """The records of one worker. Any thread may set a state; everything else is the event loop's."""
+
+    __slots__ = ("_map",)
+
+    def __init__(self, size: int, fd: int = -1) -> None:
+        length = _HEADER.size + size * _RECORD
+        if fd >= 0:
+            os.ftruncate(fd, length)
+        self._map = mmap.mmap(fd, length)
+        self._map[: _HEADER.size] = _HEADER.pack(_MAGIC, _VERSION, _RECORD, size)
+
+    @classmethod
+    def create(cls, path: Path, size: int) -> Journal:
+        """An empty journal of `size` records at `path`; it replaces the predecessor's in one step. Raises OSError."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = path.with_suffix(".new")
+        fd = os.open(fresh, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+        try:
+            journal = cls(size, fd)
+        finally:
+            os.close(fd)
+        os.replace(fresh, path)
+        return journal
+
+    def begin(self, slot: int, state: State, subscription: int, token: bytes) -> None:
+        """The event with `token` starts in `slot`. Raises ValueError for a token of more than 400 bytes."""
+        size = len(token)
+        if size > TOKEN:
+            raise ValueError(f"a delivery's token has {size} bytes; {TOKEN} is the most")
+        at = _HEADER.size + slot * _RECORD
+        self._map[at + 1 : at + 7 + size] = _HEAD.pack(size, subscription) + token
+        self._map[at] = state
+
+    def set(self, slot: int, state: State) -> None:
+        self._map[_HEADER.size + slot * _RECORD] = state
+
+    def close(self) -> None:
+        self._map.close()
+
+
+def read(path: Path) -> list[Record]:
+    """What a dead worker left at `path`; empty when there is no journal, or none that this version can read. The
+    number of records is the file's own, so a changed `concurrency` does not matter."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return []
+    if len(data) < _HEADER.size:
+        return []
+    magic, version, size, count = _HEADER.unpack_from(data)
+    if (magic, version, size) != (_MAGIC, _VERSION, _RECORD) or len(data) < _HEADER.size + count * size:
+        return []
+    found = []
+    for at in range(_HEADER.size, _HEADER.size + count * size, size):
+        length, subscription = _HEAD.unpack_from(data, at + 1)
+        ended = _ENDED.get(data[at])
+        if ended is not None and length <= TOKEN:
+            found.append(Record(ended, subscription, data[at + 7 : at + 7 + length]))
+    return found
+
+
+def subscription_code(subscription: Subscription) -> int:
+    """Tells the subscriptions of one agent apart, also after an edit has changed their order."""
+    return zlib.crc32(f"{subscription.broker}/{subscription.channel}/{subscription.group}".encode())

@@ -1,0 +1,397 @@
+"""One worker of one agent: takes what its consumers deliver, runs the handler within its slots, settles.
+
+Walk "an event that dies": Consumer -> here -> policy.before_run -> Attempt -> endings. It never names a broker.
+
+Slots. `concurrency` events are in flight at most, over all subscriptions; each consumer is told the free slots and
+fetches no more. A suspect (policy: alone) waits until everything else has ended, runs by itself, and then the others go
+on; what arrived meanwhile is given back. Timeouts are one sweep over the slots, not a timer for each event.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from orchestrator import clock, wire
+from orchestrator.brokers.base import FRESH, Consumer, Delivery, Done, Ended, History, Left, Outgoing, Producer
+from orchestrator.errors import OrchestratorError
+from orchestrator.topology.model import Agent, Subscription, Topology
+from orchestrator.worker import endings, policy
+from orchestrator.worker.attempt import Attempt, Stage, Stop
+from orchestrator.worker.handlers import Loaded
+from orchestrator.worker.journal import Journal, Record, State
+from orchestrator.worker.port import Port
+from orchestrator.worker.requests import Requests
+
+#: Seconds that a cancelled handler gets to stop before its worker is replaced.
+GRACE = 10.0
+_LAST_WORDS = 3.0  # seconds that interrupted attempts get at the end of a drain
+
+
+class Reports(Protocol):
+    """Where the runtime tells what a person or the supervisor must know. All calls come from the event loop."""
+
+    def alarm(self, message: str) -> None:
+        """Something was lost, healed or is refused."""
+
+    def trouble(self, reason: str | None) -> None:
+        """Consumption does not work, and why; None when it does again."""
+
+    def paused(self, reason: str) -> None:
+        """on_exhausted: pause has paused this worker."""
+
+    def replace(self, reason: str) -> None:
+        """An attempt will not stop: this process must be replaced. The journal blames it already."""
+
+
+@dataclass(slots=True)
+class Counters:
+    """Since the start of this worker. `handled` are successes."""
+
+    handled: int = 0
+    failed: int = 0
+    retried: int = 0
+    dead: int = 0
+
+
+class Runtime:
+    """Made with everything it needs; `open` starts it. All of it belongs to one event loop."""
+
+    def __init__(
+        self,
+        topology: Topology,
+        agent: Agent,
+        handler: Loaded,
+        *,
+        producers: Mapping[str, Producer],
+        requests: Requests,
+        journal: Journal,
+        reports: Reports,
+        log: Any,
+        rng: Callable[[], float] = random.random,
+    ) -> None:
+        self.topology = topology
+        self.agent = agent
+        self.handler = handler
+        self.producers = producers
+        self.requests = requests
+        self.journal = journal
+        self.reports = reports
+        self.log = log
+        self.rng = rng
+        self.redact = topology.redact
+        self.loop = asyncio.get_running_loop()
+        self.counters = Counters()
+        self.routes = wire.Routes(topology, agent)
+        self.every_route = wire.Routes(topology)
+        self.letters = topology.channels[agent.dead_letter] if agent.dead_letter else None
+        self.only_type = _only_type(agent)
+        self.ports: list[Port] = []
+        self.is_paused = False
+        self._draining = False
+        self._attempts: list[Attempt | None] = [None] * agent.concurrency
+        self._free = list(range(agent.concurrency))
+        self._waiting: deque[tuple[Port, Delivery]] = deque()
+        self._alone: Attempt | None = None
+        self._suspect = False  # the first in _waiting must run alone and waits for the slots to empty
+        self._dirty: list[Attempt] = []
+        self._demand_due = False
+        self._sweeping = False
+        self._sweep_every = min(0.5, max(0.02, agent.timeout / 10))
+        self._swept = 0.0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._pool = ThreadPoolExecutor(agent.concurrency, thread_name_prefix=agent.name) if handler.threaded else None
+
+    # --- starting and stopping --------------------------------------------------------------------------------
+
+    async def open(self, consumers: Sequence[tuple[Subscription, Consumer]], left: Sequence[Record] = ()) -> None:
+        """Opens the consumers and recovers what a dead predecessor left; nothing is fetched before `go`. Raises what
+        Consumer.open raises."""
+        culprit_known = any(record.ended is Ended.BLAMED for record in left)
+        started = sum(record.ended in (Ended.STARTED, Ended.STARTED_ALONE) for record in left)
+        for subscription, consumer in consumers:
+            port = Port(self, subscription, consumer, self.producers[subscription.broker])
+            port.only_one = started == 1
+            self.ports.append(port)
+            await consumer.open(port)
+            mine = [record for record in left if record.subscription == port.code]
+            if mine:
+                await consumer.recover([Left(r.token, _verdict(r.ended, culprit_known)) for r in mine])
+
+    def go(self) -> None:
+        """Starts fetching."""
+        self._tell_demand()
+
+    def pause(self, reason: str | None = None) -> None:
+        """Fetches no more; what runs goes on. With a `reason` it is the worker itself that pauses, and says so."""
+        if not self.is_paused:
+            self.is_paused = True
+            self._tell_demand()
+            self._release_waiting()
+            if reason is not None:
+                self.reports.paused(reason)
+
+    def resume(self) -> None:
+        self.is_paused = False
+        self._tell_demand()
+
+    async def drain(self, timeout: float) -> None:
+        """Gives back what has not started, lets what runs end within `timeout` seconds, then cancels it and gives it
+        back uncounted. Doing it twice is harmless."""
+        self._draining = True
+        self._tell_demand()
+        self._release_waiting()
+        await asyncio.gather(*(port.consumer.drain() for port in self.ports))
+        if await self._emptied(timeout):
+            return
+        for attempt in self.running():
+            attempt.stop(Stop.DRAIN)
+        if await self._emptied(_LAST_WORDS):
+            return
+        for attempt in self.running():
+            endings.give_back(attempt)  # code that does not stop: the process is about to end
+        await self._emptied(_LAST_WORDS)
+
+    async def close(self) -> None:
+        """After drain: closes the consumers."""
+        await asyncio.gather(*(port.consumer.close() for port in self.ports))
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+
+    async def _emptied(self, timeout: float) -> bool:
+        if not self.in_flight:
+            return True
+        try:
+            async with asyncio.timeout(timeout):
+                await self._idle.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    # --- what others ask --------------------------------------------------------------------------------------
+
+    @property
+    def in_flight(self) -> int:
+        return self.agent.concurrency - len(self._free)
+
+    @property
+    def troubled(self) -> str | None:
+        """Why some subscription is not being consumed, or None."""
+        return next((port.troubled for port in self.ports if port.troubled), None)
+
+    def running(self) -> list[Attempt]:
+        """The attempts whose handler is running."""
+        return [a for a in self._attempts if a is not None and a.stage is Stage.RUNNING]
+
+    def trouble_changed(self) -> None:
+        self.reports.trouble(self.troubled)
+
+    def on_crash(self, history: History, ended: Ended, only_one: bool) -> History:
+        return policy.on_crash(history, ended, only_one)
+
+    # --- admission --------------------------------------------------------------------------------------------
+
+    def admit(self, port: Port, deliveries: Sequence[Delivery]) -> None:
+        """What a consumer delivers. The usual case starts at once; everything else goes through the policy."""
+        if self._draining or self.is_paused:
+            port.consumer.release(deliveries)
+            return
+        for delivery in deliveries:
+            if (
+                delivery.history is FRESH
+                and not delivery.redelivered
+                and self._free
+                and not self._waiting
+                and self._alone is None
+            ):
+                self._take(port, delivery).start(State.STARTED)
+            else:
+                self._waiting.append((port, delivery))
+        if self._waiting:
+            self._admit_waiting()
+        self._demand_later()
+
+    def _admit_waiting(self) -> None:
+        self._suspect = False
+        while self._waiting and self._free and self._alone is None and not (self._draining or self.is_paused):
+            port, delivery = self._waiting[0]
+            decision = policy.before_run(delivery.history, delivery.redelivered, self.agent.retry, clock.now())
+            if isinstance(decision, policy.Run) and decision.alone and self.in_flight:
+                self._suspect = True
+                self._release_waiting(keep=1)
+                return
+            self._waiting.popleft()
+            attempt = self._take(port, delivery)
+            if isinstance(decision, policy.Wait):
+                endings.retry(attempt, delivery.history, decision.delay)
+            elif isinstance(decision, policy.DeadLetter):
+                self._begin_unrun(attempt)
+                endings.crashed(attempt, decision)
+            else:
+                self._run(attempt, decision)
+
+    def _run(self, attempt: Attempt, decision: policy.Run) -> None:
+        state = State.STARTED
+        if decision.alone:
+            state, self._alone = State.STARTED_ALONE, attempt
+        if decision.mark is None:
+            attempt.start(state)
+            return
+        attempt.history = decision.mark
+
+        def marked(error: BaseException | None) -> None:
+            if error is not None or attempt.stage is not Stage.MARKING:
+                attempt.end()
+            elif attempt.stop_reason is not None or self._draining:
+                endings.give_back(attempt)
+            else:
+                attempt.start(state)
+
+        attempt.port.consumer.mark(attempt.delivery, decision.mark, marked)
+
+    def _begin_unrun(self, attempt: Attempt) -> None:
+        """A dead letter without a run still tells whose event it is, when that can be read."""
+        try:
+            attempt.event = attempt.port.read(attempt.delivery)
+        except OrchestratorError:
+            attempt.event = None
+
+    def _take(self, port: Port, delivery: Delivery) -> Attempt:
+        slot = self._free.pop()
+        attempt = self._attempts[slot] = Attempt(self, port, delivery, slot)
+        self._idle.clear()
+        return attempt
+
+    def ended(self, attempt: Attempt) -> None:
+        """An attempt leaves its slot."""
+        self.journal.set(attempt.slot, State.FREE)
+        self._attempts[attempt.slot] = None
+        self._free.append(attempt.slot)
+        if self._alone is attempt:
+            self._alone = None
+        if self._waiting:
+            self._admit_waiting()
+        if len(self._free) == self.agent.concurrency:
+            self._idle.set()
+        self._demand_later()
+
+    def revoke(self, port: Port, positions: set[str]) -> None:
+        """No longer ours: waiting ones are forgotten, running ones stop without being settled."""
+        self._waiting = deque((p, d) for p, d in self._waiting if p is not port or d.position not in positions)
+        for attempt in self._attempts:
+            if attempt is None or attempt.port is not port or attempt.delivery.position not in positions:
+                continue
+            if attempt.stage is Stage.RUNNING:
+                attempt.stop(Stop.REVOKED)
+            elif attempt.stage is Stage.MARKING:
+                attempt.end()
+        if self._waiting:
+            self._admit_waiting()
+        self._demand_later()
+
+    def _release_waiting(self, keep: int = 0) -> None:
+        """Gives back what has not started, but for the first `keep`."""
+        while len(self._waiting) > keep:
+            port, delivery = self._waiting.pop()
+            port.consumer.release([delivery])
+
+    # --- demand -----------------------------------------------------------------------------------------------
+
+    def _demand_later(self) -> None:
+        if not self._demand_due:
+            self._demand_due = True
+            self.loop.call_soon(self._tell_demand)
+
+    def _tell_demand(self) -> None:
+        """With several subscriptions each gets a share, at least one slot: what comes too many waits here."""
+        self._demand_due = False
+        free = len(self._free) - len(self._waiting)
+        if self.is_paused or self._draining or self._alone is not None or self._suspect or free < 0:
+            free = 0
+        share = max(1, free // len(self.ports)) if free else 0
+        for port in self.ports:
+            port.consumer.demand(share)
+
+    # --- publishing -------------------------------------------------------------------------------------------
+
+    def flush_later(self, attempt: Attempt) -> None:
+        """`attempt` holds outputs: they are sent at the end of this turn, unless it ends first."""
+        if not self._dirty:
+            self.loop.call_soon(self._flush)
+        self._dirty.append(attempt)
+
+    def _flush(self) -> None:
+        dirty, self._dirty = self._dirty, []
+        for attempt in dirty:
+            attempt.flush()
+
+    def send(self, message: Outgoing, done: Done) -> None:
+        """Producer.send, with every refusal told to `done`."""
+        try:
+            self.producers[message.channel.broker].send(message, done)
+        except OrchestratorError as error:
+            done(error)
+
+    def replied(self, error: BaseException | None) -> None:
+        if error is not None:
+            self.log.warning("a reply could not be sent", error=str(error))
+
+    # --- running ----------------------------------------------------------------------------------------------
+
+    async def in_thread(self, call: Callable[..., Any], *arguments: Any) -> Any:
+        return await self.loop.run_in_executor(self._pool, call, *arguments)
+
+    def handling(self) -> None:
+        """A handler starts: see to its timeout."""
+        if not self._sweeping:
+            self._sweeping = True
+            self._swept = self.loop.time()
+            self.loop.call_later(self._sweep_every, self._sweep)
+
+    def _sweep(self) -> None:
+        """Stops what is over its time. While the loop was blocked nobody could end, so that time is given back."""
+        now = self.loop.time()
+        lost = now - self._swept - self._sweep_every
+        self._swept = now
+        running = self.running()
+        for attempt in running:
+            if lost > 1.0:
+                attempt.deadline += lost
+            if now < attempt.deadline:
+                continue
+            if attempt.stop_reason is None:
+                attempt.stop(Stop.TIMEOUT)
+                attempt.deadline = now + GRACE
+            elif attempt.stop_reason is Stop.TIMEOUT:
+                self.blame(attempt)
+        self._sweeping = bool(running)
+        if running:
+            self.loop.call_later(self._sweep_every, self._sweep)
+
+    def blame(self, attempt: Attempt) -> None:
+        """The culprit is known; the successor counts its attempt and spares the others."""
+        self.journal.set(attempt.slot, State.BLAMED)
+        attempt.deadline = float("inf")
+        self._draining = True
+        self._tell_demand()
+        self._release_waiting()
+        event = attempt.require_event()
+        self.reports.replace(f"{event.event_type} {event.event_id} does not stop at its timeout")
+
+
+def _verdict(ended: Ended, culprit_known: bool) -> Ended:
+    """Beside a known culprit nobody else is suspected: the others were only interrupted."""
+    return Ended.RETURNED if culprit_known and ended in (Ended.STARTED, Ended.STARTED_ALONE) else ended
+
+
+def _only_type(agent: Agent) -> str | None:
+    """What a returned value is published as."""
+    if len(agent.publish) == 1 and not set("*>") & set(agent.publish[0].event_type):
+        return agent.publish[0].event_type
+    return None
