@@ -1,0 +1,31 @@
+"""Fixtures shared by every test: one real server of each kind for the session, started when first asked for.
+
+A server that is not installed skips its tests loudly; where CI is set in the environment it fails them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from tests.servers import nats
+
+
+def missing(what: str) -> None:
+    """Ends the test: this machine has no `what`."""
+    message = f"{what} is not installed: its tests do not run"
+    if os.environ.get("CI"):
+        pytest.fail(message)
+    pytest.skip(message)
+
+
+@pytest.fixture(scope="session")
+def nats_server() -> Iterator[nats.NatsServer]:
+    """Shared by tests that leave it running; a test that stops or freezes a server starts its own."""
+    if nats.find_binary() is None:
+        missing("nats-server")
+    server = nats.NatsServer().start()
+    yield server
+    server.close()
