@@ -47,7 +47,9 @@ from .drivers import Driver, Victim
 PATIENCE = 15.0
 
 
-async def eventually(state: Callable[[], Any], *, within: float = PATIENCE, what: str = "") -> Any:
+async def eventually(
+    state: Callable[[], Any], *, within: float = PATIENCE, what: str | Callable[[], str] = "the state waited for"
+) -> Any:
     """Waits until `state()` is true and returns it; fails saying what it was at the end. It may be a coroutine."""
     deadline = time.monotonic() + within
     while True:
@@ -56,7 +58,8 @@ async def eventually(state: Callable[[], Any], *, within: float = PATIENCE, what
             value = await value
         if value:
             return value
-        assert time.monotonic() < deadline, f"after {within:g} s still not: {what or state}"
+        if time.monotonic() > deadline:
+            raise AssertionError(f"after {within:g} s still not: {what if isinstance(what, str) else what()}")
         await asyncio.sleep(0.01)
 
 
@@ -126,7 +129,9 @@ class Reader:
     async def take(self, count: int = 1, *, within: float = PATIENCE) -> list[Delivery]:
         """The next `count` deliveries."""
         await eventually(
-            lambda: len(self.inbox) >= count, within=within, what=f"{count} deliveries (have {self.bodies()})"
+            lambda: len(self.inbox) >= count,
+            within=within,
+            what=lambda: f"{count} deliveries; there are {len(self.inbox)}, {self.bodies()[:5]} …",
         )
         taken, self.inbox = self.inbox[:count], self.inbox[count:]
         return taken

@@ -13,7 +13,7 @@ from orchestrator.brokers.memory import MemoryConnection, adapter
 from orchestrator.brokers.memory.state import Log
 from orchestrator.topology.model import Channel, Subscription, Topology
 
-from ..victims import Held, Victim
+from .victims import Held, Victim
 
 
 class MemoryDriver:
@@ -77,7 +77,7 @@ class MemoryVictim:
         self.consumer = connection.consumer(topology.agents[agent].subscriptions[0], slot=slot)
         self.arrived: asyncio.Queue[Delivery] = asyncio.Queue()
         self.held: dict[str, Delivery] = {}
-        self.frozen = mock.patch.object(self.consumer, "_renew", lambda: None)
+        self.frozen = mock.patch.object(self.consumer, "_renew")
 
     def deliver(self, deliveries: Sequence[Delivery]) -> None:
         for delivery in deliveries:

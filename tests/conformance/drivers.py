@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from orchestrator.topology.model import Channel, Subscription, Topology
 
-from ..victims import ProcessVictim, Victim
+from .victims import ProcessVictim, Victim
 
 __all__ = ["Driver", "Server", "ServerDriver", "Victim"]
 
@@ -97,6 +97,6 @@ class ServerDriver:
 
 
 def driver_class(kind: str) -> Callable[..., Driver]:
-    module = importlib.import_module(f"{__name__}.{kind}")
+    module = importlib.import_module(f"{__package__}.driver_{kind}")
     found: Callable[..., Driver] = module.driver
     return found

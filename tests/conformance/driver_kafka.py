@@ -13,7 +13,7 @@ from confluent_kafka.admin import AdminClient, NewTopic
 
 from orchestrator.topology.model import Channel, Subscription, Topology
 
-from . import ServerDriver
+from .drivers import ServerDriver
 
 
 class KafkaDriver(ServerDriver):

@@ -10,7 +10,7 @@ from redis.asyncio import Redis
 
 from orchestrator.topology.model import Channel, Subscription, Topology
 
-from . import ServerDriver
+from .drivers import ServerDriver
 
 
 class RedisDriver(ServerDriver):

@@ -12,7 +12,7 @@ from nats.js.api import ConsumerConfig, DeliverPolicy
 
 from orchestrator.topology.model import Channel, Subscription, Topology
 
-from . import ServerDriver
+from .drivers import ServerDriver
 
 
 class NatsDriver(ServerDriver):
