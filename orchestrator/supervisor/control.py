@@ -22,7 +22,7 @@ from typing import Any
 from orchestrator import errors
 from orchestrator.errors import OrchestratorError, SupervisorError
 from orchestrator.supervisor.locks import SupervisorLock
-from orchestrator.topology import dump
+from orchestrator.topology import dump, restore
 from orchestrator.topology.model import Topology
 
 Tell = Callable[[Mapping[str, Any]], Coroutine[Any, Any, None]]
@@ -139,6 +139,10 @@ class ControlClient:
     async def ping(self) -> dict[str, Any]:
         """{"pid", "topology", "revision"} of the running supervisor."""
         return dict(await self._ask({"op": "ping"}, patience=5.0))
+
+    async def topology(self) -> Topology:
+        """What it runs now; `plan` compares the file with it."""
+        return restore(str(await self._ask({"op": "topology"}, patience=10.0)).encode())
 
     async def status(self) -> dict[str, Any]:
         """The contract's `status -o json`."""

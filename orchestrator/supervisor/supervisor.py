@@ -22,7 +22,7 @@ from orchestrator.supervisor.fleet import Fleet, Progress, Target
 from orchestrator.supervisor.logs import LogSink
 from orchestrator.supervisor.observer import Observer
 from orchestrator.supervisor.warm import ENTRY, LAST_DRAIN
-from orchestrator.topology import restore
+from orchestrator.topology import dump, restore
 from orchestrator.topology.model import Topology
 
 #: Seconds that new workers get to become ready before an edit is taken back.
@@ -224,6 +224,8 @@ class Supervisor:
             case {"op": "ping"}:
                 target = self._target(None)
                 return {"pid": os.getpid(), "topology": target.topology.name, "revision": target.key}
+            case {"op": "topology"}:
+                return dump(self._target(None).topology).decode()
             case {"op": "status"}:
                 return await self.observe()
             case {"op": "stop"}:
