@@ -242,8 +242,8 @@ class Supervisor:
             case {"op": "resume", "agent": str(agent)}:
                 self._target(agent)
                 return self._fleet.resume(agent)
-            case {"op": "update", "dump": str(dump)}:
-                return await self.update(restore(dump.encode()), progress=progress)
+            case {"op": "update", "dump": str(text)}:
+                return await self.update(restore(text.encode()), progress=progress)
             case {"op": "logs", "agents": agents, "lines": lines, "follow": follow}:
                 return await self._send_logs(agents, lines, follow, tell)
         raise OrchestratorError(f"the supervisor does not know {request.get('op')!r}", hint="is it of another version?")
