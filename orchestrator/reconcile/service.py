@@ -10,7 +10,6 @@ from orchestrator.brokers import registry
 from orchestrator.brokers.base import Connection, Desired, Observed, Setting, Verdict
 from orchestrator.errors import RefusedError
 from orchestrator.reconcile import executor, planner
-from orchestrator.reconcile.capabilities import lacking
 from orchestrator.reconcile.executor import Connects
 from orchestrator.reconcile.lock import apply_lock
 from orchestrator.reconcile.plan import BrokerInfo, Operation, Plan, stale_reasons
@@ -43,7 +42,7 @@ async def make_plan(
         wanted = adapter.desired(topology, broker)
         desired += wanted
         observed += await connection.observe(wanted)
-        warnings += await _concerns(topology, broker, connection)
+        warnings += await _concerns(broker, connection)
         notes += [note for note in adapter.capabilities.notes if note not in notes]
     if destroy:
         result = planner.plan_destroy(topology, observed, consent=consent)
@@ -122,15 +121,13 @@ async def _identify(broker: Broker, connection: Connection) -> BrokerInfo:
     return BrokerInfo(broker.name, broker.kind, broker_url(broker), actual)
 
 
-async def _concerns(topology: Topology, broker: Broker, connection: Connection) -> Sequence[str]:
-    """What the file asks for and the broker lacks, and what its own settings endanger."""
-    lacks = [words for words, _ in lacking(topology, broker, registry.adapter(broker.kind).capabilities)]
-    facts = [
+async def _concerns(broker: Broker, connection: Connection) -> Sequence[str]:
+    """What the broker's own settings endanger."""
+    return [
         f"broker {broker.name}: {fact.name} is {fact.value}{f' ({fact.hint})' if fact.hint else ''}"
         for fact in await connection.facts()
         if fact.level != "ok"
     ]
-    return lacks + facts
 
 
 def _judge(topology: Topology) -> planner.Judge:

@@ -1,0 +1,128 @@
+"""What every command prints with: data on stdout, words for people on stderr, colour only where it is welcome."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import IO, Any, NoReturn
+
+import typer
+
+from orchestrator.errors import OrchestratorError
+
+
+def colored(stream: IO[str]) -> bool:
+    """Whether `stream` is a terminal that wants colour."""
+    return stream.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+
+
+def wants_color(*, err: bool = False) -> bool:
+    """Whether stdout (or stderr) wants colour."""
+    return colored(sys.stderr if err else sys.stdout)
+
+
+def data(text: str) -> None:
+    """The result of a command, on stdout."""
+    sys.stdout.write(text if text.endswith("\n") else text + "\n")
+    sys.stdout.flush()
+
+
+def data_json(value: Any) -> None:
+    """The result as JSON, on stdout. Every document carries `version`."""
+    data(json.dumps(value, indent=2, ensure_ascii=False, default=_plain))
+
+
+def data_line(value: Any) -> None:
+    """One JSON document in one line, for results that go on (`tail -o json`)."""
+    data(json.dumps(value, ensure_ascii=False, separators=(",", ":"), default=_plain))
+
+
+def say(text: str) -> None:
+    """A word for the person, on stderr."""
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
+
+
+def progress(event: Mapping[str, Any]) -> None:
+    """One worker's change of state, as the supervisor tells it."""
+    why = f": {event['reason']}" if event.get("reason") else ""
+    say(f"{event['agent']}.{event['slot']} is {event['state']}{why}")
+
+
+def warn(text: str) -> None:
+    """A warning, on stderr."""
+    say(f"{paint('warning', '33;1')}: {text}")
+
+
+def complain(error: OrchestratorError) -> None:
+    """An error and what to do about it, on stderr; all of them when a topology has several."""
+    # importing it imports the loader, which `--help` does without
+    from orchestrator.topology.diagnostics import TopologyError, render
+
+    if isinstance(error, TopologyError):
+        errors = sum(d.severity == "error" for d in error.diagnostics)
+        say(render(error.diagnostics, color=colored(sys.stderr)))
+        say(f"{errors} error{'' if errors == 1 else 's'}" if errors else "warnings are errors with --strict")
+        return
+    say(f"{paint('error', '31;1')}: {error.message}")
+    if error.hint:
+        say(f"  {paint('→', '36')} {error.hint}")
+
+
+def misused(message: str, *, hint: str) -> NoReturn:
+    """A command that was typed wrongly: exit code 2."""
+    complain(OrchestratorError(message, hint=hint))
+    raise typer.Exit(2)
+
+
+def paint(text: str, code: str) -> str:
+    """`text` in an ANSI colour when stderr wants it."""
+    return f"\x1b[{code}m{text}\x1b[0m" if colored(sys.stderr) else text
+
+
+def paint_out(text: str, code: str) -> str:
+    """As paint, for stdout."""
+    return f"\x1b[{code}m{text}\x1b[0m" if colored(sys.stdout) else text
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns, left-aligned, as wide as needed."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [header, *rows]]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def confirm(question: str, *, yes: bool, flag: str = "--yes") -> None:
+    """Asks; returns when the answer is yes. Without a terminal and without the flag: usage error (exit code 2);
+    any other answer: exit code 1."""
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        misused("there is no terminal to ask on", hint=f"add {flag} to go on without asking")
+    sys.stderr.write(f"{question} [y/N] ")
+    sys.stderr.flush()
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise OrchestratorError("not confirmed; nothing was changed")
+
+
+def typed(question: str, expected: str) -> bool:
+    """Asks for a name to be typed; False when there is no terminal or something else was typed."""
+    if not sys.stdin.isatty():
+        return False
+    sys.stderr.write(f"{question} ")
+    sys.stderr.flush()
+    return sys.stdin.readline().strip() == expected
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, datetime):
+        return value.isoformat()
+    return str(value)
+
+
+def compact(value: Any) -> str:
+    """JSON in one line."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), default=_plain)

@@ -1,0 +1,81 @@
+"""The command `orchestrator`: puts the families of commands together and turns every error into words.
+
+Exit codes: 0 done, 1 failed or refused, 2 usage, 3 changes are pending (--exit-code), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from typing import Annotated
+
+import typer
+
+from orchestrator.cli import apply, author, console, dlq, doctor, events, workers
+from orchestrator.errors import OrchestratorError
+
+app = typer.Typer(
+    name="orchestrator",
+    help="One YAML file runs a team of event-driven agents on NATS JetStream, Apache Kafka or Redis Streams.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        # slow to import, and needed here alone
+        from importlib.metadata import version
+
+        console.data(f"orchestrator {version('orchestrator')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", envvar="ORCHESTRATOR_DEBUG", help="Print the traceback of an unexpected error.")
+    ] = False,
+) -> None:
+    """Options of every command."""
+    if debug:
+        os.environ["ORCHESTRATOR_DEBUG"] = "1"
+
+
+for family in (author, apply, workers, events, doctor):
+    family.register(app)
+app.add_typer(dlq.app, name="dlq")
+
+
+def main() -> None:
+    """The entry point; never prints a traceback unless --debug asks for it."""
+    try:
+        app(prog_name="orchestrator")
+    except OrchestratorError as error:
+        console.complain(error)
+        sys.exit(1)
+    except BrokenPipeError:
+        # the reader of our output went away (`| head`): nothing is wrong, and nothing more can be said
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except Exception as error:
+        if os.environ.get("ORCHESTRATOR_DEBUG"):
+            traceback.print_exc()
+        console.complain(
+            OrchestratorError(
+                f"unexpected {type(error).__name__}: {error}",
+                hint="this is a mistake in orchestrator: run it again with --debug first "
+                "(orchestrator --debug …) and report what it prints",
+            )
+        )
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""The options that many commands share, and how they become a topology."""
+
+from __future__ import annotations
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from orchestrator.errors import OrchestratorError
+
+if TYPE_CHECKING:
+    from orchestrator.brokers.base import Capabilities
+    from orchestrator.topology.loader import Loaded
+    from orchestrator.topology.model import Topology
+
+DEFAULT_FILE = "topology.yaml"
+
+
+class Output(StrEnum):
+    """`-o` of commands with a text and a JSON form."""
+
+    TEXT = "text"
+    JSON = "json"
+
+
+Sources = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[TOPOLOGY]...", help="Topology files; a later one overrides an earlier; - is stdin."),
+]
+Files = Annotated[
+    list[str] | None,
+    typer.Option(
+        "-f", "--file", metavar="TOPOLOGY", help="Topology file; a later one overrides an earlier; - is stdin."
+    ),
+]
+Sets = Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Sets a variable of the topology.")]
+VarsFiles = Annotated[list[Path] | None, typer.Option("--vars", metavar="FILE", help="YAML file of variables.")]
+OutputOption = Annotated[Output, typer.Option("-o", "--output", help="text, or json for programs.")]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
+AllowLoss = Annotated[
+    list[str] | None,
+    typer.Option("--allow-loss", metavar="RESOURCE", help="Accept that this resource loses what it holds. Repeatable."),
+]
+
+
+def assignments(values: list[str] | None) -> dict[str, str]:
+    """["a=1"] as {"a": "1"}. A value without `=` is a usage error."""
+    result: dict[str, str] = {}
+    for value in values or []:
+        name, sign, text = value.partition("=")
+        if not sign or not name:
+            raise typer.BadParameter(f"--set takes NAME=VALUE, not {value!r}")
+        result[name] = text
+    return result
+
+
+def load_all(
+    sources: list[str] | None, sets: list[str] | None, vars_files: list[Path] | None, *, lint: bool = False
+) -> Loaded:
+    """The topology with its warnings; `lint` also warns of what its brokers cannot do, which imports their clients.
+
+    Raises TopologyError, or OrchestratorError when no file is named or found.
+    """
+    # YAML, Jinja and pydantic take longer to import than `--help` takes to print
+    from orchestrator.topology.loader import load
+
+    names = sources or [DEFAULT_FILE]
+    if not sources and not Path(DEFAULT_FILE).exists():
+        raise OrchestratorError(
+            f"there is no {DEFAULT_FILE} here",
+            hint="name your file, or make a new topology: orchestrator init my-topology",
+        )
+    stdin = sys.stdin.read() if "-" in names else None
+    return load(
+        names,
+        sets=assignments(sets),
+        vars_files=vars_files or [],
+        stdin=stdin,
+        abilities=_abilities if lint else None,
+    )
+
+
+def load_topology(sources: list[str] | None, sets: list[str] | None, vars_files: list[Path] | None) -> Topology:
+    """As load_all, for commands to which the file's warnings do not matter."""
+    return load_all(sources, sets, vars_files).topology
+
+
+def _abilities(kind: str) -> Capabilities | None:
+    # imports the client library of that broker
+    from orchestrator.brokers import registry
+
+    try:
+        return registry.adapter(kind).capabilities
+    except OrchestratorError:
+        return None  # not installed: said by whatever connects

@@ -1,0 +1,184 @@
+"""Commands that talk to the supervisor over its socket: stop, status, logs, restart, scale, pause, resume."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from orchestrator.cli import console
+from orchestrator.cli.options import Files, Output, OutputOption, Sets, Sources, VarsFiles, load_topology
+from orchestrator.errors import OrchestratorError
+
+if TYPE_CHECKING:
+    from orchestrator.supervisor.control import ControlClient
+    from orchestrator.topology.model import Topology
+
+# The control client imports asyncio streams and the topology's dump: imported where a command runs.
+
+AgentArgument = Annotated[str, typer.Argument(metavar="AGENT")]
+AgentsArgument = Annotated[list[str] | None, typer.Argument(metavar="[AGENT]...", help="Default: all.")]
+
+_COLORS = {"running": "32", "failed": "31", "crash_loop": "31", "unhealthy": "31", "degraded": "31", "paused": "33"}
+
+
+def register(app: typer.Typer) -> None:
+    for command in (stop, status, logs, restart, scale, pause, resume):
+        app.command()(command)
+
+
+def stop(
+    files: Files = None, sets: Sets = None, vars_files: VarsFiles = None, output: OutputOption = Output.TEXT
+) -> None:
+    """Drain the workers and end the supervisor. What is on the brokers stays."""
+    topology = load_topology(files, sets, vars_files)
+    console.say(f"draining the workers of {topology.name}")
+    asyncio.run(_control(topology).stop())
+    _done(output, topology, f"{topology.name} has stopped")
+
+
+def status(
+    sources: Sources = None,
+    files: Files = None,
+    sets: Sets = None,
+    vars_files: VarsFiles = None,
+    output: OutputOption = Output.TEXT,
+) -> None:
+    """Show what runs: each agent's state, workers, backlog and dead letters."""
+    topology = load_topology([*(sources or []), *(files or [])], sets, vars_files)
+    found = asyncio.run(_control(topology).status())
+    if output is Output.JSON:
+        console.data_json(found)
+        return
+    header = ["AGENT", "STATE", "READY", "RESTARTS", "LAG", "IN FLIGHT", "OLDEST", "DEAD"]
+    rows = [
+        [
+            agent["name"],
+            agent["state"],
+            f"{agent['ready']}/{agent['replicas']}",
+            str(agent["restarts"]),
+            _number(agent["lag"]),
+            _number(agent["in_flight"]),
+            "-" if agent["oldest_s"] is None else f"{agent['oldest_s']:.1f}s",
+            _number(agent["dead"]),
+        ]
+        for agent in found["agents"]
+    ]
+    state = console.paint_out(found["state"], _COLORS.get(found["state"], "0"))
+    console.data(f"{found['topology']} (revision {found['revision']}): {state}")
+    console.data(console.table(header, rows))
+    for agent in found["agents"]:
+        for text in filter(None, [agent.get("reason"), *agent.get("alarms", [])]):
+            console.say(f"{agent['name']}: {text}")
+
+
+def logs(
+    agents: AgentsArgument = None,
+    files: Files = None,
+    sets: Sets = None,
+    vars_files: VarsFiles = None,
+    follow: Annotated[bool, typer.Option("--follow", "-F", help="Go on with new lines.")] = False,
+    lines: Annotated[int, typer.Option("-n", "--lines", min=0, help="How many of the last lines.")] = 100,
+    output: OutputOption = Output.TEXT,
+) -> None:
+    """Show what agents and supervisor have written."""
+    from orchestrator.supervisor.logfiles import recent
+    from orchestrator.supervisor.logs import Painter
+
+    topology = load_topology(files, sets, vars_files)
+    unknown = [a for a in agents or [] if a not in topology.agents and a != "supervisor"]
+    if unknown:
+        raise OrchestratorError(
+            f"there is no agent {unknown[0]!r}", hint=f"the agents are: {', '.join(topology.agents)}; or supervisor"
+        )
+    painter = Painter(console.colored(sys.stdout))
+    painter.align(topology.agents)
+
+    def show(record: dict[str, Any]) -> None:
+        if output is Output.JSON:
+            console.data_line(record)
+        else:
+            console.data(painter.paint(record))
+
+    async def stream() -> None:
+        async for record in _control(topology).logs(agents or [], lines=lines, follow=True):
+            show(record)
+
+    if follow:
+        asyncio.run(stream())
+    else:
+        for record in recent(topology.state_dir / "logs", agents or [], lines):
+            show(record)
+
+
+def restart(
+    agent: Annotated[str | None, typer.Argument(metavar="[AGENT]", help="Default: all.")] = None,
+    files: Files = None,
+    sets: Sets = None,
+    vars_files: VarsFiles = None,
+    output: OutputOption = Output.TEXT,
+) -> None:
+    """Replace workers: new ones are ready before the old drain."""
+    topology = load_topology(files, sets, vars_files)
+    asyncio.run(_control(topology).restart(agent, console.progress))
+    _done(output, topology, f"{agent or 'all agents'} restarted", agent=agent)
+
+
+def scale(
+    agent: AgentArgument,
+    replicas: Annotated[int, typer.Argument(min=0, metavar="REPLICAS", help="Worker processes on this host.")],
+    files: Files = None,
+    sets: Sets = None,
+    vars_files: VarsFiles = None,
+    output: OutputOption = Output.TEXT,
+) -> None:
+    """Change an agent's number of workers until the next apply."""
+    topology = load_topology(files, sets, vars_files)
+    asyncio.run(_control(topology).scale(agent, replicas, console.progress))
+    text = f"{agent} has {replicas} worker{'' if replicas == 1 else 's'}, until the next apply"
+    _done(output, topology, text, agent=agent, replicas=replicas)
+
+
+def pause(
+    agent: AgentArgument,
+    files: Files = None,
+    sets: Sets = None,
+    vars_files: VarsFiles = None,
+    output: OutputOption = Output.TEXT,
+) -> None:
+    """Let an agent finish what it handles and fetch nothing new."""
+    topology = load_topology(files, sets, vars_files)
+    asyncio.run(_control(topology).pause(agent))
+    _done(output, topology, f"{agent} is paused; go on with: orchestrator resume {agent}", agent=agent)
+
+
+def resume(
+    agent: AgentArgument,
+    files: Files = None,
+    sets: Sets = None,
+    vars_files: VarsFiles = None,
+    output: OutputOption = Output.TEXT,
+) -> None:
+    """Let a paused agent go on."""
+    topology = load_topology(files, sets, vars_files)
+    asyncio.run(_control(topology).resume(agent))
+    _done(output, topology, f"{agent} goes on", agent=agent)
+
+
+def _control(topology: Topology) -> ControlClient:
+    from orchestrator.supervisor.control import ControlClient
+
+    return ControlClient(topology.state_dir)
+
+
+def _done(output: Output, topology: Topology, text: str, **more: Any) -> None:
+    if output is Output.JSON:
+        console.data_json({"version": 1, "topology": topology.name, "done": True, **more})
+    else:
+        console.data(text)
+
+
+def _number(value: int | None) -> str:
+    return "-" if value is None else str(value)

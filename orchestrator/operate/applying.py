@@ -1,0 +1,143 @@
+"""The walk "apply" as a person starts it: plan, confirm, reconcile, then start the workers or hand the edit over."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from orchestrator.brokers.embedded import serving
+from orchestrator.errors import SupervisorError
+from orchestrator.operate.session import session
+from orchestrator.reconcile import service
+from orchestrator.reconcile.plan import Operation, Plan
+from orchestrator.reconcile.planner import Consent
+from orchestrator.supervisor import detached
+from orchestrator.supervisor.control import ControlClient, running
+from orchestrator.supervisor.logs import foreground
+from orchestrator.supervisor.supervisor import Supervisor
+from orchestrator.topology.model import Agent, Topology
+
+Progress = Callable[[Mapping[str, Any]], None]
+
+#: Seconds that a detached supervisor gets until its workers are ready.
+DETACH_TIMEOUT = 90.0
+
+
+class Workers(StrEnum):
+    """What happens to the workers after the brokers are reconciled."""
+
+    FOREGROUND = "foreground"
+    DETACH = "detach"
+    NONE = "none"
+
+
+@dataclass(frozen=True, slots=True)
+class Listener:
+    """What the caller wants to hear; `confirm` raises to stop before anything is changed."""
+
+    confirm: Callable[[Plan], None]
+    report: Callable[[Operation], None]
+    progress: Progress
+    say: Callable[[str], None]
+
+
+async def plan(topology: Topology, consent: Consent, *, destroy: bool = False) -> Plan:
+    """What apply (or destroy) would do. Changes nothing. Raises BrokerUnavailable, RefusedError."""
+    agents = await running_agents(topology)
+    async with session(topology, name="plan") as connections:
+        return await service.make_plan(topology, connections, consent=consent, running=agents, destroy=destroy)
+
+
+async def apply(
+    topology: Topology, consent: Consent, workers: Workers, listener: Listener, *, saved: Plan | None = None
+) -> int:
+    """Reconciles, then starts or updates the workers; returns the exit code.
+
+    In the foreground it returns when the workers have drained. Raises LockedError, RefusedError, PlanError,
+    BrokerUnavailable, SupervisorError.
+    """
+    async with serving(topology):
+        await reconcile(topology, consent, listener, saved=saved)
+        if workers is Workers.NONE:
+            return 0
+        if running(topology.state_dir):
+            await ControlClient(topology.state_dir).update(topology, listener.progress)
+            listener.say("the running supervisor has taken it over")
+            return 0
+        if workers is Workers.FOREGROUND:
+            supervisor = Supervisor(topology, output=foreground(topology.state_dir))
+            return await supervisor.run()
+        await detach(topology, listener)
+        return 0
+
+
+async def reconcile(
+    topology: Topology, consent: Consent, listener: Listener, *, saved: Plan | None = None, destroy: bool = False
+) -> Plan:
+    """Plans, confirms and carries out; returns the plan."""
+    agents = await running_agents(topology)
+    async with session(topology, name="apply") as connections:
+        return await service.apply(
+            topology,
+            connections,
+            consent=consent,
+            running=agents,
+            saved=saved,
+            confirm=listener.confirm,
+            report=listener.report,
+            destroy=destroy,
+        )
+
+
+async def destroy(topology: Topology, consent: Consent, decide: Callable[[Plan], Consent], listener: Listener) -> Plan:
+    """Stops the workers and deletes what this topology owns; returns the plan that was carried out.
+
+    `decide` sees the plan before anything is changed; it raises to stop, or returns what was consented to.
+    """
+    consent = decide(await plan(topology, consent, destroy=True))
+    if running(topology.state_dir):
+        listener.say("draining the workers")
+        await ControlClient(topology.state_dir).stop()
+    return await reconcile(topology, consent, listener, destroy=True)
+
+
+async def running_agents(topology: Topology) -> dict[str, Agent] | None:
+    """What the supervisor of this topology runs; None when there is none."""
+    if not running(topology.state_dir):
+        return None
+    return dict((await ControlClient(topology.state_dir).topology()).agents)
+
+
+async def detach(topology: Topology, listener: Listener) -> None:
+    """Starts a supervisor in the background; returns when its workers are ready.
+
+    Raises SupervisorError when they do not become ready. The supervisor then goes on with what does run, until
+    `stop`.
+    """
+    pid = await detached.start(topology)
+    deadline = time.monotonic() + DETACH_TIMEOUT
+    while not await _ready(topology):
+        if time.monotonic() > deadline:
+            raise SupervisorError(
+                f"the workers are not ready after {DETACH_TIMEOUT:.0f} s",
+                hint="orchestrator status shows which, orchestrator logs why; orchestrator stop ends them",
+            )
+        await asyncio.sleep(0.05)
+    listener.say(f"the workers are ready; the supervisor is process {pid}")
+
+
+async def _ready(topology: Topology) -> bool:
+    """Whether every worker is ready. Raises SupervisorError when one will not be."""
+    status = await ControlClient(topology.state_dir).status()
+    for agent in status["agents"]:
+        if agent["state"] in ("failed", "crash_loop"):
+            name = agent["name"]
+            raise SupervisorError(
+                f"agent {name} does not start: {agent['reason']}",
+                hint=f"mend it and apply again; orchestrator logs {name} has more, orchestrator stop ends it all",
+            )
+    return bool(status["state"] == "running")

@@ -1,0 +1,53 @@
+"""Publishing and calling by hand: the commands `publish` and `request`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from orchestrator.brokers.embedded import serving
+from orchestrator.client import Client
+from orchestrator.errors import PayloadError
+from orchestrator.event import AgentEvent
+from orchestrator.topology.model import Topology
+
+
+def read_payload(text: str) -> dict[str, Any]:
+    """JSON, @FILE, or - for stdin. Raises PayloadError when it is not a JSON object."""
+    where = "the payload"
+    if text == "-":
+        where, text = "stdin", sys.stdin.read()
+    elif text.startswith("@"):
+        where = text[1:]
+        try:
+            text = Path(where).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise PayloadError(f"cannot read the payload from {where}: {error}", hint="give JSON, @FILE or -") from None
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise PayloadError(
+            f"{where} is not JSON: {error}", hint="""quote it for the shell: '{"query": "x"}'"""
+        ) from None
+    if not isinstance(found, dict):
+        raise PayloadError(
+            f"{where} is JSON, but {type(found).__name__} instead of an object", hint="""write '{"name": value, …}'"""
+        )
+    return found
+
+
+async def publish(topology: Topology, event_type: str, payload: dict[str, Any], **options: Any) -> AgentEvent:
+    """Publishes one event and returns it when it is confirmed; `options` are those of Client.publish.
+
+    Raises RoutingError, PayloadError, PublishRejected, BrokerUnavailable.
+    """
+    async with serving(topology), Client(topology) as client:
+        return await client.publish(event_type, payload, **options)
+
+
+async def request(topology: Topology, event_type: str, payload: dict[str, Any], *, timeout: float) -> AgentEvent:
+    """Publishes one event and returns the reply. Raises RequestTimeout after `timeout` seconds, and as publish does."""
+    async with serving(topology), Client(topology) as client:
+        return await client.request(event_type, payload, timeout=timeout)

@@ -1,0 +1,41 @@
+"""Follows events as they are published, without disturbing any queue: the command `tail`."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+
+from orchestrator.brokers.base import Start
+from orchestrator.errors import OrchestratorError
+from orchestrator.operate.reading import Read, follow
+from orchestrator.operate.session import session
+from orchestrator.topology.model import Channel, Topology, matches
+
+
+async def tail(
+    topology: Topology, *, channels: Sequence[str], patterns: Sequence[str], start: Start, follow: bool
+) -> AsyncIterator[Read]:
+    """Events of the named channels (none: all), of types that fit a pattern (none: all).
+
+    Raises OrchestratorError for a channel that does not exist; BrokerUnavailable, ResourceMissing.
+    """
+    chosen = choose(topology, channels)
+    async with session(topology, name="tail") as connections:
+        async for read in _follow(connections, chosen, start=start, follow=follow):
+            event_type = read.event.event_type if read.event else read.stored.event_type or ""
+            if not patterns or any(matches(p, event_type) for p in patterns):
+                yield read
+
+
+def choose(topology: Topology, names: Sequence[str]) -> list[Channel]:
+    """The named channels, or all that hold events of their own."""
+    for name in names:
+        if name not in topology.channels:
+            raise OrchestratorError(
+                f"there is no channel {name!r}", hint=f"the channels are: {', '.join(topology.channels)}"
+            )
+    if names:
+        return [topology.channels[name] for name in names]
+    return [c for c in topology.channels.values() if c.events]
+
+
+_follow = follow  # tail()'s own parameter has the same name

@@ -1,0 +1,135 @@
+"""The causal tree of one correlation id, over all channels: the command `trace`.
+
+Events are joined by metadata.causation_id. What a queue has already handled is gone: its children hang below a
+placeholder for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from orchestrator.brokers.connections import Connections
+from orchestrator.operate.reading import Read, dead_letters, follow
+from orchestrator.operate.session import session
+from orchestrator.topology.model import Topology
+
+
+@dataclass(slots=True)
+class Node:
+    """One event, its dead letters, and what it caused. `read` is None for an event that is no longer stored."""
+
+    event_id: str
+    read: Read | None = None
+    letters: list[Read] = field(default_factory=list)
+    children: list[Node] = field(default_factory=list)
+
+
+async def trace(topology: Topology, correlation_id: str) -> list[Read]:
+    """Everything stored under `correlation_id`, oldest first. Raises BrokerUnavailable."""
+    async with session(topology, name="trace") as connections:
+        return await collect(topology, connections, correlation_id)
+
+
+async def collect(topology: Topology, connections: Connections, correlation_id: str) -> list[Read]:
+    """Everything stored under `correlation_id`, oldest first."""
+    ours = [c for c in topology.channels.values() if c.events]
+    letters = [c for c in topology.channels.values() if c.dead_letters]
+    found = [
+        read async for read in follow(connections, ours, start="earliest", follow=False) if _of(read, correlation_id)
+    ]
+    for channel in letters:
+        found += [read async for read in dead_letters(topology, connections, channel) if _of(read, correlation_id)]
+    return sorted(found, key=lambda r: (r.event.timestamp.timestamp() if r.event else 0.0, r.stored.time))
+
+
+def _of(read: Read, correlation_id: str) -> bool:
+    return read.event is not None and read.event.correlation_id == correlation_id
+
+
+def tree(found: Iterable[Read]) -> list[Node]:
+    """The roots. An event that lies in several places is one node."""
+    nodes: dict[str, Node] = {}
+    for read in found:
+        if read.event is None:
+            continue
+        node = nodes.setdefault(read.event.event_id, Node(read.event.event_id))
+        if read.letter is not None:
+            node.letters.append(read)
+        node.read = node.read or read
+    roots: list[Node] = []
+    for node in list(nodes.values()):
+        cause = _cause(node)
+        if cause is None or cause == node.event_id:
+            roots.append(node)
+            continue
+        if cause not in nodes:
+            nodes[cause] = Node(cause)
+            roots.append(nodes[cause])
+        nodes[cause].children.append(node)
+    return roots or list(nodes.values())[:1]
+
+
+def draw(roots: list[Node]) -> str:
+    """The trees as text, one line for each event."""
+    lines: list[str] = []
+    drawn: set[str] = set()  # a loop of causation ids, written by hand, is drawn once
+    waiting = [(root, "", "") for root in reversed(roots)]
+    while waiting:
+        node, lead, below = waiting.pop()
+        lines.append(lead + _label(node))
+        if node.event_id in drawn:
+            continue
+        drawn.add(node.event_id)
+        lines += [f"{below}{'│  ' if node.children else '   '}{_died(letter)}" for letter in node.letters]
+        for index, child in reversed(list(enumerate(node.children))):
+            last = index == len(node.children) - 1
+            waiting.append((child, below + ("└─ " if last else "├─ "), below + ("   " if last else "│  ")))
+    return "\n".join(lines)
+
+
+def to_json(correlation_id: str, found: list[Read]) -> dict[str, Any]:
+    """`events` in order of time; a dead letter carries `dead_letter`."""
+    return {
+        "version": 1,
+        "correlation_id": correlation_id,
+        "events": [
+            read.to_json()
+            | {"causation_id": (read.event.metadata.get("causation_id") if read.event else None)}
+            | ({"dead_letter": letter_json(read)} if read.letter else {})
+            for read in found
+        ],
+    }
+
+
+def letter_json(read: Read) -> dict[str, Any] | None:
+    """Why it died, without the traceback."""
+    if read.letter is None:
+        return None
+    names = ("agent", "channel", "position", "attempts", "reason", "error_type", "message")
+    return {name: getattr(read.letter, name) for name in names} | {
+        "first_failed_at": read.letter.first_failed_at,
+        "last_failed_at": read.letter.last_failed_at,
+    }
+
+
+def _cause(node: Node) -> str | None:
+    cause = node.read.event.metadata.get("causation_id") if node.read and node.read.event else None
+    return cause if isinstance(cause, str) and cause else None
+
+
+def _died(read: Read) -> str:
+    assert read.letter is not None  # only dead letters are among a node's letters
+    times = f"{read.letter.attempts} attempt{'' if read.letter.attempts == 1 else 's'}"
+    why = f"{read.letter.error_type}: {read.letter.message}".splitlines()[0][:100]
+    return f"✗ dead in {read.letter.agent} after {times}: {why}"
+
+
+def _label(node: Node) -> str:
+    if node.read is None or node.read.event is None:
+        return f"({node.event_id[:8]}: no longer stored; handled from a queue, or outside this topology)"
+    event = node.read.event
+    who = f"{event.source_agent or '?'}{f' → {event.target_agent}' if event.target_agent else ''}"
+    moment = event.timestamp.astimezone().strftime("%H:%M:%S.%f")[:-3]
+    return f"{event.event_type}  {who}  {moment}  {event.event_id[:8]}"
