@@ -104,7 +104,8 @@ class Runtime:
         self._sweeping = False
         self._sweep_every = min(0.5, max(0.02, agent.timeout / 10))
         self._swept = 0.0
-        self._idle = asyncio.Event()
+        self._stuck = 0  # attempts that will not stop
+        self._idle = asyncio.Event()  # nothing else is in flight
         self._idle.set()
         self._pool = ThreadPoolExecutor(agent.concurrency, thread_name_prefix=agent.name) if handler.threaded else None
 
@@ -148,15 +149,15 @@ class Runtime:
         self._tell_demand()
         self._release_waiting()
         await asyncio.gather(*(port.consumer.drain() for port in self.ports))
-        if await self._emptied(timeout):
+        if await self.emptied(timeout):
             return
         for attempt in self.running():
             attempt.stop(Stop.DRAIN)
-        if await self._emptied(_LAST_WORDS):
+        if await self.emptied(_LAST_WORDS):
             return
         for attempt in self.running():
             endings.give_back(attempt)  # code that does not stop: the process is about to end
-        await self._emptied(_LAST_WORDS)
+        await self.emptied(_LAST_WORDS)
 
     async def close(self) -> None:
         """After drain: closes the consumers."""
@@ -164,8 +165,9 @@ class Runtime:
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
 
-    async def _emptied(self, timeout: float) -> bool:
-        if not self.in_flight:
+    async def emptied(self, timeout: float) -> bool:
+        """Waits until nothing is in flight but what will not stop; False when it takes longer than `timeout`."""
+        if self.in_flight <= self._stuck:
             return True
         try:
             async with asyncio.timeout(timeout):
@@ -277,7 +279,7 @@ class Runtime:
             self._alone = None
         if self._waiting:
             self._admit_waiting()
-        if len(self._free) == self.agent.concurrency:
+        if self.in_flight <= self._stuck:
             self._idle.set()
         self._demand_later()
 
@@ -378,9 +380,12 @@ class Runtime:
         """The culprit is known; the successor counts its attempt and spares the others."""
         self.journal.set(attempt.slot, State.BLAMED)
         attempt.deadline = float("inf")
+        self._stuck += 1
         self._draining = True
         self._tell_demand()
         self._release_waiting()
+        if self.in_flight <= self._stuck:
+            self._idle.set()
         event = attempt.require_event()
         self.reports.replace(f"{event.event_type} {event.event_id} does not stop at its timeout")
 
