@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.servers import nats
+from tests.servers import nats, redis
 
 
 def missing(what: str) -> None:
@@ -27,5 +27,15 @@ def nats_server() -> Iterator[nats.NatsServer]:
     if nats.find_binary() is None:
         missing("nats-server")
     server = nats.NatsServer().start()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def redis_server() -> Iterator[redis.RedisServer]:
+    """Durable (appendfsync always). A test that stops or freezes a server for long starts its own."""
+    if redis.find_binary() is None:
+        missing("redis-server")
+    server = redis.RedisServer().start()
     yield server
     server.close()

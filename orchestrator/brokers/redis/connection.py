@@ -1,0 +1,299 @@
+"""One topology's connection to one Redis: hands out producer, consumers and reply inbox, and what `operate` asks.
+
+Where the walks of this package begin: Adapter.connect → reconcile (resources), events (producer, consumer), operate.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import uuid
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from typing import Any, cast
+
+from redis.exceptions import AuthenticationError
+
+from orchestrator import clock
+from orchestrator.brokers import base as border
+from orchestrator.brokers.base import Capabilities, Connection, Desired, Fact, Lag, Observed, Outgoing, Start, Stored
+from orchestrator.brokers.redis import resources, scripts
+from orchestrator.brokers.redis.consumer import LEASE, RedisConsumer
+from orchestrator.brokers.redis.link import Link, base
+from orchestrator.brokers.redis.producer import Pump, RedisProducer, Replies, Source, fields, is_queue, parse
+from orchestrator.brokers.redis.resources import Resources
+from orchestrator.errors import BrokerError, BrokerUnavailable, ResourceMissing
+from orchestrator.topology.model import Broker, Channel, Mode, Subscription, Topology, matches
+
+_ID_KEY = "orchestrator:cluster-id"
+
+
+class RedisConnection(Connection):
+    def __init__(self, topology: Topology, broker: Broker, name: str, link: Link, version: tuple[int, ...]) -> None:
+        self.topology, self.broker, self.link, self.version = topology, broker, link, version
+        self._name = name
+        self._resources = Resources(link, topology, broker, version)
+        self._pumps: dict[int, Pump] = {}
+        self._consumers: list[RedisConsumer] = []
+        self._replies: list[Replies] = []
+        self._producer = RedisProducer(link, self.pump)
+
+    def new_link(self) -> Link:
+        """Connections of one's own, for another thread."""
+        return Link(self.broker, f"{self._name} heartbeat")
+
+    def pump(self, stream: str) -> Pump:
+        """The one for the stream's slot: there is one in all when there is no cluster."""
+        slot = self.link.slot(stream)
+        if slot not in self._pumps:
+            self._pumps[slot] = Pump(self.link, stream, lambda channel: self.restore(channel, None, "0-0"))
+        return self._pumps[slot]
+
+    async def cluster_id(self) -> str:
+        """A key that whoever asks first writes, and that may be set by hand; run ids change with each restart."""
+        await self.link.call(_ID_KEY, "SET", _ID_KEY, uuid.uuid4().hex, "NX")
+        found = await self.link.call(_ID_KEY, "GET", _ID_KEY)
+        return str(found.decode())
+
+    # --- reconcile --------------------------------------------------------------------------------------------
+
+    async def observe(self, desired: Sequence[Desired]) -> list[Observed]:
+        return await self._resources.observe(desired)
+
+    async def create(self, desired: Desired) -> None:
+        await self._resources.create(desired)
+
+    async def update(self, desired: Desired, observed: Observed) -> None:
+        await self._resources.update(desired, observed)
+
+    async def delete(self, observed: Observed) -> None:
+        await self._resources.delete(observed)
+
+    async def groups(self, stream: str) -> dict[str, dict[str, Any]]:
+        return await self._resources.groups(stream)
+
+    async def restore(self, channel: Channel, subscription: Subscription | None, last: str) -> list[str]:
+        return await self._resources.restore(channel, subscription, last)
+
+    # --- events -----------------------------------------------------------------------------------------------
+
+    def producer(self) -> RedisProducer:
+        return self._producer
+
+    def consumer(self, subscription: Subscription, *, slot: str) -> RedisConsumer:
+        consumer = RedisConsumer(self, subscription, slot)
+        self._consumers.append(consumer)
+        return consumer
+
+    async def replies(self, receive: Callable[[bytes, Mapping[str, str]], None]) -> str:
+        inbox = Replies(self.link, self.broker.prefix, receive)
+        address = await inbox.open()
+        self._replies.append(inbox)
+        return address
+
+    def loss_detection(self, subscription: Subscription) -> str:
+        """How trimmed unread events are noticed: "count", "next" (6.2), or "": our own trimming of a queue counts."""
+        queue = self.topology.channels[subscription.channel].mode is Mode.QUEUE
+        alone = len(self._readers(subscription.channel)) == 1
+        if self.version >= (7,) and (alone or not queue):
+            return "count"
+        return "" if queue else "next"
+
+    def takes_untyped(self, subscription: Subscription) -> bool:
+        """An entry of a queue whose type nobody can tell is one agent's to dead-letter, not each one's."""
+        channel = self.topology.channels[subscription.channel]
+        return not is_queue(channel) or self._readers(channel.name)[0] == subscription.agent
+
+    def _readers(self, channel: str) -> list[str]:
+        agents = self.topology.agents.values()
+        return [sub.agent for agent in agents for sub in agent.subscriptions if sub.channel == channel]
+
+    # --- operate ----------------------------------------------------------------------------------------------
+
+    async def browse(
+        self,
+        channel: Channel,
+        *,
+        start: Start,
+        follow: bool = False,
+        events: Sequence[str] = (),
+        dead_letters: bool = False,
+    ) -> AsyncIterator[Stored]:
+        stream = channel.address
+        await self.count(channel)
+        info = await self._resources.stream_info(stream)
+        last = resources.position(start)
+        if last == "$":
+            last = info["last-generated-id"].decode()
+        client = await self.link.fresh(stream)
+        try:
+            while True:
+                command = ("XREAD", "COUNT", 200, *(("BLOCK", 500) if follow else ()), "STREAMS", stream, last)
+                with self.link.translated():
+                    found = await cast(Any, client).execute_command(*command)
+                if not found and not follow:
+                    return
+                for entry, flat in found[0][1] if found else ():
+                    last = entry.decode()
+                    body, headers, kind = parse(flat)
+                    wanted = not events or (kind is not None and any(matches(p, kind) for p in events))
+                    if wanted and ("dlq-agent" in headers) == dead_letters:
+                        yield Stored(f"{stream}:{last}", body, headers, kind, int(last.partition("-")[0]) / 1000)
+        finally:
+            await client.aclose()
+
+    async def remove(self, channel: Channel, positions: Sequence[str]) -> int:
+        places = [place for address, _, place in (p.rpartition(":") for p in positions) if address == channel.address]
+        if not places:
+            return 0
+        return int(await self.link.call(channel.address, "XDEL", channel.address, *places))
+
+    async def redrive(self, subscription: Subscription, message: Outgoing) -> None:
+        inbox = self._source(subscription).key("inbox")
+        await self.link.script(scripts.REDRIVE, [inbox], subscription.group, *fields(message))
+
+    async def lag(self, subscriptions: Sequence[Subscription]) -> Mapping[tuple[str, str], Lag]:
+        found: dict[tuple[str, str], Lag] = {}
+        for sub in subscriptions:
+            stream = self.topology.channels[sub.channel].address
+            left = await self._resources.backlog(stream, sub.group, sub.events)
+            seconds = max(0.0, await self._now() - left.oldest / 1000) if left.oldest else 0.0
+            in_flight = left.pending - left.delayed
+            found[sub.agent, sub.channel] = Lag(left.waiting, in_flight, left.delayed, seconds, left.lost)
+        return found
+
+    async def seek(self, subscription: Subscription, start: Start) -> None:
+        """What is pending behind the new position is read again from there, so it is no longer pending."""
+        source, stream = self._source(subscription), self.topology.channels[subscription.channel].address
+        info, last = await self._resources.stream_info(stream), resources.position(start)
+        command = ["XGROUP", "SETID", stream, subscription.group, last]
+        if self.version >= (7,) and last in ("0", "$"):
+            read = info["entries-added"] - (info["length"] if last == "0" else 0)
+            command += ["ENTRIESREAD", str(read)]
+        await self.link.call(stream, *command)
+        if last == "$":
+            return
+        first = f"({last}" if last != "0" else "-"
+        while page := await self.link.call(stream, "XPENDING", stream, subscription.group, first, "+", 500):
+            ids = [entry for entry, *_ in page]
+            await self.link.call(stream, "ZREM", source.key("due"), *ids)
+            await self.link.call(stream, "HDEL", source.key("history"), *ids)
+            await self.link.call(stream, "XACK", stream, subscription.group, *ids)
+
+    async def count(self, channel: Channel) -> int:
+        age = 0 if channel.external else int((channel.retention.max_age or 0) * 1000)
+        args = (channel.address, base(channel.address), age, int(is_queue(channel)))
+        found = int(await self.link.script(scripts.TEND, [channel.address], *args))
+        if found < 0:
+            raise ResourceMissing(f"the stream {channel.address} does not exist", hint="run `orchestrator apply`")
+        return found
+
+    def _source(self, subscription: Subscription) -> Source:
+        channel = self.topology.channels[subscription.channel]
+        return Source(channel.address, subscription.group, "", queue=is_queue(channel))
+
+    async def _now(self) -> float:
+        seconds, micros = await self.link.call("", "TIME")
+        return int(seconds) + int(micros) / 1e6
+
+    async def facts(self) -> list[Fact]:
+        info = dict(line.split(":", 1) for line in (await self._info()).splitlines() if ":" in line)
+        version = info.get("redis_version", "?")
+        found = [Fact("version", version)]
+        if self.version < (7,):
+            hint = "Redis 7 counts events that were trimmed unread; before it the alarm has no number"
+            found = [Fact("version", version, "warning", hint)]
+        if info.get("aof_enabled") == "1":
+            found.append(Fact("appendonly", "yes"))
+            found.append(_sync_fact(await self._setting("appendfsync")))
+        else:
+            found.append(Fact("appendonly", "no", "error", "a restart loses confirmed events: set appendonly yes"))
+        policy = info.get("maxmemory_policy", "?")
+        evicts = policy != "noeviction" and info.get("maxmemory", "0") != "0"
+        hint = "the server may delete streams and histories: set maxmemory-policy noeviction"
+        found.append(Fact("maxmemory-policy", policy, *(("error", hint) if evicts else ())))
+        off = await self._now() - clock.now()
+        hint = "retries and ages go by the server's clock: run NTP on both"
+        found.append(Fact("clock difference", f"{off:+.1f} s", *(("warning", hint) if abs(off) > 2 else ())))
+        return found
+
+    async def _info(self) -> str:
+        return str((await self.link.call("", "INFO")).decode())
+
+    async def _setting(self, name: str) -> str:
+        try:
+            found = await self.link.call("", "CONFIG", "GET", name)
+        except BrokerUnavailable:
+            raise
+        except BrokerError:  # hosted servers forbid CONFIG
+            return "unknown"
+        return str(found[1].decode()) if found else "unknown"
+
+    async def close(self) -> None:
+        for consumer in self._consumers:
+            await consumer.close()
+        for inbox in self._replies:
+            await inbox.close()
+        for pump in self._pumps.values():
+            await pump.close(3.0)
+        await self.link.close()
+
+
+def _sync_fact(value: str) -> Fact:
+    if value == "always":
+        return Fact("appendfsync", value)
+    return Fact("appendfsync", value, "warning", "a power loss loses the last second: set appendfsync always")
+
+
+class RedisAdapter:
+    capabilities = Capabilities(
+        kind="redis",
+        lease=LEASE,
+        atomic_settle=True,
+        notes=(
+            "Redis keeps confirmed events over a restart only with `appendonly yes`, over a power loss only with "
+            "`appendfsync always`, and a failover to a replica may lose the newest.",
+            "max_bytes is measured by MEMORY USAGE and is approximate.",
+            "overflow, dedup_window and max_age bind this package's publishers and workers, not outside clients.",
+            "On a Redis Cluster outputs to another slot are published before the event is settled, not with it.",
+            "replication is set on the server, not by a topology.",
+        ),
+    )
+
+    def desired(self, topology: Topology, broker: Broker) -> list[Desired]:
+        return resources.desired(topology, broker)
+
+    def judge(
+        self, kind: str, setting: str, old: border.Setting, new: border.Setting, observed: Observed
+    ) -> border.Verdict:
+        return resources.judge(kind, setting, old, new, observed)
+
+    async def connect(self, topology: Topology, broker: Broker, *, name: str, patience: float = 5.0) -> RedisConnection:
+        link = Link(broker, name)
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + patience
+        while True:
+            try:
+                info = (await asyncio.wait_for(link.call("", "INFO", "server"), patience)).decode()
+                break
+            except (TimeoutError, BrokerError) as error:
+                wrong = isinstance(error.__cause__, AuthenticationError) or not isinstance(
+                    error, (BrokerUnavailable, asyncio.TimeoutError)
+                )
+                if wrong or loop.time() > deadline:
+                    await link.close()
+                    hint = "check brokers.*.auth" if wrong else "is the server running, and is the url right?"
+                    why = error if str(error) else f"no answer in {patience:g} s"
+                    raise BrokerUnavailable(f"cannot reach {link.address}: {why}", hint=hint) from error
+                await asyncio.sleep(0.1)
+        found = dict(line.split(":", 1) for line in info.splitlines() if ":" in line)
+        version = tuple(int(part) for part in found.get("redis_version", "0").split(".")[:2])
+        if version < (6, 2):
+            with contextlib.suppress(BrokerError):
+                await link.close()
+            raise BrokerError(
+                f"{link.address} is Redis {found.get('redis_version')}", hint="6.2 is the oldest that works"
+            )
+        return RedisConnection(topology, broker, name, link, version)
+
+
+adapter = RedisAdapter()

@@ -1,0 +1,613 @@
+"""The way in: one agent's reading of one stream and of its own inbox of redrives.
+
+What is delivered stays pending under this worker's own name until it is settled, and its heartbeat vouches for all of
+it. What waits (retries, released or taken-over events) is pending under `@delayed` with a due time, and whoever has a
+free slot takes it. Only one task reads, so what is pending under our name and unknown here is an answer that was lost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import socket
+import uuid
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+from redis.asyncio import Redis
+from redis.exceptions import NoScriptError
+
+from orchestrator.brokers.base import FRESH, Consumer, Delivery, Done, Ended, History, Left, Outgoing, Sink
+from orchestrator.brokers.redis import scripts
+from orchestrator.brokers.redis.link import ERRORS, passing
+from orchestrator.brokers.redis.producer import Op, Pump, Source, is_queue, parse, refusal
+from orchestrator.errors import BrokerError, BrokerUnavailable, ResourceMissing
+from orchestrator.topology.model import Channel, Subscription, matches
+
+if TYPE_CHECKING:
+    from orchestrator.brokers.redis.connection import RedisConnection
+
+LEASE = 10.0
+BLOCK = 0.25  # seconds a read waits; what is due later than that is noticed by the next
+_log = logging.getLogger(__name__)
+
+
+class RedisDelivery(Delivery):
+    __slots__ = ("entry", "kept", "orphan", "source")
+
+    source: int  # 0 the stream, 1 the inbox
+    entry: bytes
+    kept: bool  # a history is stored
+    orphan: bool  # the stream was deleted under it: nothing is left to settle
+
+
+class RedisConsumer(Consumer):
+    def __init__(self, connection: RedisConnection, subscription: Subscription, slot: str) -> None:
+        self._connection, self._link = connection, connection.link
+        self._subscription = subscription
+        self._channel: Channel = connection.topology.channels[subscription.channel]
+        address, group = self._channel.address, subscription.group
+        self.me = f"{slot}@{socket.gethostname()[:60]}.{os.getpid()}.{uuid.uuid4().hex[:6]}"
+        main = Source(address, group, self.me, queue=is_queue(self._channel))
+        inbox = Source(main.key("inbox"), group, self.me, queue=True)
+        self._sources = (main, inbox)
+        self._skip = Source(address, group, self.me, queue=False)
+        self._counts = connection.loss_detection(subscription)
+        self._untyped = connection.takes_untyped(subscription)
+        self._wanted: dict[str | None, bool] = {}
+        self._live: dict[tuple[int, bytes], RedisDelivery] = {}
+        self._free = 0
+        self._asked = 0  # COUNT of the read under way
+        self._last = "0-0"
+        self._epoch: bytes | None = None
+        self._trimmed = -1
+        self._unbroken = 0.0  # loop time since when every heartbeat has been answered; 0: the last was not
+        self._troubles: dict[str, str] = {}
+        self._told: str | None = None
+        self._take_at = 0.0
+        self._check = True  # look for entries whose delivery was lost
+        self._stopping = False
+        self._closed = False
+        self._wake = asyncio.Event()
+        self._reader: Redis | None = None
+        self._reader_id = 0
+        self._lost_script = b""
+        self._tasks: list[asyncio.Task[None]] = []
+        self._side: set[asyncio.Task[None]] = set()
+
+    # --- start ------------------------------------------------------------------------------------------------
+
+    async def open(self, sink: Sink) -> None:
+        self._sink = sink
+        main = self._sources[0]
+        if main.group not in await self._connection.groups(main.stream):
+            raise ResourceMissing(
+                f"the consumer group {main.group} does not exist on the stream {main.stream}",
+                hint="run `orchestrator apply`",
+            )
+        self._loop = asyncio.get_running_loop()
+        self._pump: Pump = self._connection.pump(main.stream)
+        self._pump.listeners.add(self._pump_trouble)
+        await self._beat()
+        self._tasks = [
+            self._loop.create_task(self._read_on(), name=f"redis read {self.me}"),
+            self._loop.create_task(self._beat_on(), name=f"redis beat {self.me}"),
+        ]
+
+    def demand(self, free: int) -> None:
+        self._free = free
+        if free > 0:
+            self._wake.set()
+        if free < self._asked:
+            self._unblock()
+
+    # --- reading ----------------------------------------------------------------------------------------------
+
+    async def _read_on(self) -> None:
+        pause = 0.1
+        while not self._stopping:
+            try:
+                await self._read_once()
+                self._trouble("read", None)
+                pause = 0.1
+                continue
+            except ERRORS as error:
+                await self._forget_reader()
+                self._check = True
+                if str(error).startswith(("NOGROUP", "UNBLOCKED")):
+                    await self._heal()
+                    continue
+                if isinstance(error, NoScriptError):
+                    continue  # the server forgot its scripts: the next reader loads them
+                self._link.doubt(error)
+                reason = str(self._link.explain(error)) if passing(error) else f"{self._link.address}: {error}"
+                self._trouble("read", reason)
+            await asyncio.sleep(pause)
+            pause = min(1.0, 2 * pause)
+        await self._forget_reader()
+
+    async def _read_once(self) -> None:
+        if self._check:
+            await self._adopt()
+            self._check = False
+        if self._free <= 0:
+            self._wake.clear()
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), 1.0)
+            return
+        now = self._loop.time()
+        if now >= self._take_at:
+            await self._take()
+        if self._free > 0 and not self._stopping:
+            await self._read(max(0.001, min(BLOCK, self._take_at - self._loop.time())))
+
+    async def _take(self) -> None:
+        """What is due, and the inbox."""
+        args = [part for source in self._sources for part in source.args]
+        keys = [source.stream for source in self._sources]
+        got, gone, wait = await self._link.raw(scripts.TAKE, keys, self._free, len(self._sources), *args)
+        self._take_at = self._loop.time() + (min(BLOCK, wait / 1000) if wait >= 0 else BLOCK)
+        if len(got) >= self._free:
+            self._take_at = 0.0
+        if gone:
+            self._sink.alarm(f"{gone} events that waited for a retry were deleted from {self._channel.address}")
+        self._hand_out([self._delivery(source, entry, flat, n, kept) for source, entry, flat, n, kept in got])
+
+    async def _read(self, wait: float) -> None:
+        main = self._sources[0]
+        reader = self._reader or await self._connect_reader()
+        self._asked = self._free
+        pipe = reader.pipeline(transaction=False)
+        if self._counts:
+            pipe.execute_command("EVALSHA", self._lost_script, 1, main.stream, *main.args, self._counts)
+        pipe.execute_command(
+            "XREADGROUP", "GROUP", main.group, self.me, "COUNT", self._asked, "BLOCK", max(1, int(wait * 1000)),
+            "STREAMS", main.stream, ">",
+        )  # fmt: skip
+        try:
+            answers: list[Any] = await pipe.execute(raise_on_error=False)
+        finally:
+            self._asked = 0
+        for answer in answers:
+            if isinstance(answer, Exception):
+                raise answer
+        if self._counts and answers[0]:
+            self._lost(answers[0])
+        entries = answers[-1][0][1] if answers[-1] else ()
+        if entries:
+            self._last = entries[-1][0].decode()
+            self._hand_out([self._delivery(0, entry, flat, 1, None) for entry, flat in entries])
+
+    async def _connect_reader(self) -> Redis:
+        reader = await self._link.fresh(self._channel.address)
+        self._reader = reader
+        self._reader_id = await cast(Any, reader).execute_command("CLIENT", "ID")
+        self._lost_script = await cast(Any, reader).execute_command("SCRIPT", "LOAD", scripts.LOST)
+        return reader
+
+    async def _forget_reader(self) -> None:
+        reader, self._reader = self._reader, None
+        if reader is not None:
+            await reader.aclose()
+
+    def _unblock(self) -> None:
+        """Ends a blocked read without losing what it may just be given, as cancelling it would."""
+        if self._asked:
+            self._start(self._link.call(self._channel.address, "CLIENT", "UNBLOCK", self._reader_id))
+
+    def _delivery(self, source: int, entry: bytes, flat: Sequence[bytes], count: int, kept: bytes | None) -> Delivery:
+        body, headers, event_type = parse(flat or ())
+        if event_type is None:
+            event_type = _type_in(body)
+        place = entry.decode()
+        history = FRESH
+        if kept:
+            try:
+                history = History.decode(kept)
+            except (ValueError, TypeError):
+                _log.warning("the history of %s is unreadable and is begun anew", place)
+        delivery = RedisDelivery(
+            body=body,
+            headers=headers,
+            event_type=event_type,
+            channel=self._channel.name,
+            position=f"{self._sources[source].stream}:{place}",
+            token=f"{source} {place} {self.me}".encode(),
+            time=int(place.partition("-")[0]) / 1000,
+            redelivered=count > 1,
+            history=history,
+        )
+        delivery.source, delivery.entry, delivery.kept, delivery.orphan = source, entry, bool(kept), False
+        return delivery
+
+    def _hand_out(self, deliveries: Sequence[Delivery]) -> None:
+        fit: list[Delivery] = []
+        for found in deliveries:
+            delivery = cast(RedisDelivery, found)
+            at = (delivery.source, delivery.entry)
+            if at in self._live:
+                continue  # read again after the group was made anew; it is running here
+            if delivery.source == 0 and not self._wants(delivery):
+                self._add("settle", delivery, self._ignore, (delivery.entry, 0, int(delivery.kept)), (), self._skip)
+            elif len(fit) >= self._free or self._stopping:
+                self._give_back(delivery, delivery.history if delivery.kept else None, 0)
+            else:
+                self._live[at] = delivery
+                fit.append(delivery)
+        if fit:
+            self._free -= len(fit)
+            self._sink.deliver(fit)
+
+    def _wants(self, delivery: RedisDelivery) -> bool:
+        if "dlq-agent" in delivery.headers:
+            return False  # a dead letter is read with `dlq`; it never feeds an agent
+        kind = delivery.event_type
+        if kind not in self._wanted:
+            if len(self._wanted) > 10_000:
+                self._wanted.clear()
+            self._wanted[kind] = (
+                self._untyped if kind is None else any(matches(p, kind) for p in self._subscription.events)
+            )
+        return self._wanted[kind]
+
+    def _lost(self, count: int) -> None:
+        what = f"{count} unread events were" if count > 0 else "unread events (number unknown before Redis 7) were"
+        self._sink.alarm(f"{what} trimmed from {self._channel.address} before {self._subscription.agent} read them")
+
+    # --- the ends of a delivery -------------------------------------------------------------------------------
+
+    def settle(self, delivery: Delivery, outputs: Sequence[Outgoing], done: Done) -> None:
+        mine = cast(RedisDelivery, delivery)
+        slot = self._link.slot(self._channel.address)
+        away = [message for message in outputs if self._link.slot(message.channel.address) != slot]
+        if away:  # another slot of a cluster: published with their ids first, settled when all are confirmed
+            near = [message for message in outputs if message not in away]
+            self._settle_after(mine, away, near, done)
+        else:
+            self._settle(mine, outputs, done)
+
+    def _settle(self, mine: RedisDelivery, outputs: Sequence[Outgoing], done: Done) -> None:
+        def finish(op: Op, word: str) -> None:
+            if word == "" or (word == "GONE" and op.again):
+                self._end(mine, done)
+            elif word == "GONE" or word.startswith("NOGROUP"):
+                self._start(self._doubt(mine, lambda: self._settle(mine, outputs, done), done))
+            elif word == "TAKEN":
+                self._revoke(mine, done)
+            else:
+                done(refusal(word, f"an output of {mine.position}"))
+
+        self._add("settle", mine, finish, (mine.entry, int(mine.orphan), int(mine.kept)), outputs)
+
+    def _settle_after(self, mine: RedisDelivery, away: list[Outgoing], near: list[Outgoing], done: Done) -> None:
+        producer, errors, open_ = self._connection.producer(), list[BaseException](), len(away)
+
+        def published(error: BaseException | None) -> None:
+            nonlocal open_
+            open_ -= 1
+            if error is not None:
+                errors.append(error)
+            if open_ == 0:
+                if errors:
+                    done(errors[0])
+                else:
+                    self._settle(mine, near, done)
+
+        for message in away:
+            producer.send(message, published)
+
+    def retry(self, delivery: Delivery, history: History, delay: float, done: Done) -> None:
+        mine = cast(RedisDelivery, delivery)
+        due = self._loop.time() + delay
+
+        def stored() -> None:
+            if due < self._take_at:
+                self._take_at = due
+                self._unblock()
+
+        self._return(mine, history, delay, "0", done, stored)
+
+    def _return(
+        self,
+        mine: RedisDelivery,
+        history: History | None,
+        delay: float,
+        count: str,
+        done: Done,
+        stored: Callable[[], None] | None = None,
+    ) -> None:
+        """Puts an entry among those that wait. `count` "" keeps the number of its deliveries."""
+
+        def finish(op: Op, word: str) -> None:
+            if word == "" or (word == "TAKEN" and op.again):
+                self._end(mine, done)
+                if stored is not None:
+                    stored()
+            elif word == "DELETED" or mine.orphan:
+                self._sink.alarm(f"{mine.position} was deleted from outside while it was handled: it cannot run again")
+                self._end(mine, done)
+            elif word == "TAKEN":
+                self._revoke(mine, done)
+            elif word == "GONE" or word.startswith("NOGROUP"):
+                again = lambda: self._return(mine, history, delay, count, done, stored)  # noqa: E731
+                self._start(self._doubt(mine, again, done))
+            else:
+                done(refusal(word, f"giving back {mine.position}"))
+
+        text = b"" if history is None else history.encode()
+        self._add("back", mine, finish, (mine.entry, self.me, text, int(delay * 1000), count))
+
+    def mark(self, delivery: Delivery, history: History, done: Done) -> None:
+        mine = cast(RedisDelivery, delivery)
+
+        def finish(op: Op, word: str) -> None:
+            if word == "":
+                mine.kept = True
+                done(None)
+            elif word == "TAKEN":
+                self._revoke(mine, done)
+            elif word == "GONE" or word.startswith("NOGROUP"):
+                self._start(self._doubt(mine, lambda: self.mark(mine, history, done), done))
+            else:
+                done(refusal(word, f"marking {mine.position}"))
+
+        if mine.orphan:
+            done(None)
+        else:
+            self._add("mark", mine, finish, (mine.entry, history.encode()))
+
+    def release(self, deliveries: Sequence[Delivery]) -> None:
+        for delivery in deliveries:
+            self._give_back(cast(RedisDelivery, delivery), None, 0)
+
+    def _give_back(self, mine: RedisDelivery, history: History | None, delay: float) -> None:
+        self._return(mine, history, delay, "1" if mine.redelivered else "0", self._told_off)
+
+    def _told_off(self, error: BaseException | None) -> None:
+        """The outcome of what nobody waits for. A failure leaves the entry under our name; the check finds it."""
+        if error is not None:
+            self._check = True
+
+    def _ignore(self, op: Op, word: str) -> None:
+        if word:
+            self._check = True
+
+    def _end(self, mine: RedisDelivery, done: Done) -> None:
+        self._live.pop((mine.source, mine.entry), None)
+        done(None)
+
+    def _revoke(self, mine: RedisDelivery, done: Done) -> None:
+        if self._live.pop((mine.source, mine.entry), None) is not None:
+            self._sink.revoked([mine])
+        done(BrokerUnavailable(f"{mine.position} was taken over by another worker", hint="it is handled there"))
+
+    def _add(
+        self,
+        act: str,
+        mine: RedisDelivery,
+        finish: Callable[[Op, str], None],
+        args: Sequence[object],
+        outputs: Sequence[Outgoing] | None = None,
+        source: Source | None = None,
+    ) -> None:
+        self._pump.add(Op(act, finish, source or self._sources[mine.source], args, outputs))
+
+    # --- healing ----------------------------------------------------------------------------------------------
+
+    async def _doubt(self, mine: RedisDelivery, again: Callable[[], None], done: Done) -> None:
+        """Nobody holds an entry that is ours: settled elsewhere, or its group was deleted and made anew."""
+        try:
+            if not mine.orphan and not await self._reclaim():
+                self._revoke(mine, done)
+                return
+        except BrokerError:
+            await asyncio.sleep(0.2)
+        if (mine.source, mine.entry) in self._live:
+            again()
+        else:
+            self._revoke(mine, done)
+
+    async def _reclaim(self) -> bool:
+        """After the group was made anew: what we are handling becomes ours again. False: it is as it was."""
+        main = self._sources[0]
+        if main.group not in await self._connection.groups(main.stream):
+            await self._heal()
+        epoch = await self._link.call(main.stream, "HGET", f"{main.base}:meta", f"epoch/{main.group}") or b"0"
+        if epoch == self._epoch:
+            return False
+        self._epoch = epoch
+        for number, source in enumerate(self._sources):
+            await self._compare(number, source, force=True)
+        return True
+
+    async def _compare(self, number: int, source: Source, *, force: bool) -> None:
+        """Who holds what we are handling? What another has is revoked."""
+        live = [delivery for (where, _), delivery in self._live.items() if where == number]
+        if not live:
+            return
+        ids = [delivery.entry for delivery in live]
+        holders = await self._link.script(scripts.MINE, [source.stream], *source.args, int(force), len(ids), *ids)
+        for delivery, holder in zip(live, holders, strict=True):
+            if holder == 0 and force:
+                delivery.orphan = True
+            elif holder != 1 and self._live.pop((number, delivery.entry), None) is not None:
+                self._sink.revoked([delivery])
+
+    async def _heal(self) -> None:
+        """Stream or group were deleted from outside."""
+        try:
+            made = await self._connection.restore(self._channel, self._subscription, self._last)
+        except BrokerError as error:
+            self._trouble("read", str(error))
+            await asyncio.sleep(0.2)
+            return
+        if made:
+            self._sink.alarm(f"{' and '.join(made)} had been deleted and was made again")
+
+    async def _adopt(self) -> None:
+        """Entries that are pending under our name and unknown here were read by an answer that never arrived."""
+        for number, source in enumerate(self._sources):
+            try:
+                found = await self._link.call(
+                    source.stream, "XPENDING", source.stream, source.group, "-", "+", 1000, self.me
+                )
+            except BrokerUnavailable as error:
+                raise ConnectionError(str(error)) from error
+            except BrokerError as error:
+                if "NOGROUP" in str(error) and number == 0:
+                    await self._heal()
+                continue  # the inbox is made by the first redrive
+            for entry, _, _, count in found:
+                if (number, entry) not in self._live:
+                    args = (entry, self.me, b"", 0, count - 1)
+                    self._pump.add(Op("back", self._ignore_lost, source, args))
+
+    def _ignore_lost(self, op: Op, word: str) -> None:
+        """Settled or moved meanwhile: then there was nothing to adopt."""
+
+    # --- lease ------------------------------------------------------------------------------------------------
+
+    async def _beat_on(self) -> None:
+        while not self._closed:
+            await asyncio.sleep(LEASE / 5 if self._unbroken else 0.3)
+            try:
+                await self._beat()
+                self._trouble("beat", None)
+            except BrokerError as error:
+                self._unbroken = 0.0
+                self._trouble("beat", str(error))
+
+    async def _beat(self, dead: Sequence[str] = ()) -> None:
+        now = self._loop.time()
+        reap = bool(self._unbroken) and now - self._unbroken > LEASE
+        age = int((self._channel.retention.max_age or 0) * 1000) if not self._channel.external else 0
+        args = [part for source in self._sources for part in source.args]
+        keys = [source.stream for source in self._sources]
+        given_up, epoch, trimmed, _ = await self._link.script(
+            scripts.BEAT, keys, int(LEASE * 1000), int(reap), age, len(dead), *dead, len(self._sources), *args
+        )
+        self._unbroken = self._unbroken or now
+        self._check = True
+        if self._epoch is None:
+            self._epoch = epoch
+        elif epoch != self._epoch:
+            await self._reclaim()
+        elif given_up:
+            for number, source in enumerate(self._sources):
+                await self._compare(number, source, force=False)
+        if not self._counts and 0 <= self._trimmed < trimmed:
+            self._lost(trimmed - self._trimmed)
+        self._trimmed = trimmed
+
+    def keep_alive(self) -> None:
+        asyncio.run(self._beat_once())
+
+    async def _beat_once(self) -> None:
+        """In a thread and a loop of its own, with a connection of its own."""
+        main = self._sources[0]
+        link = self._connection.new_link()
+        try:
+            clock = await link.call(main.stream, "TIME")
+            now = int(clock[0]) * 1000 + int(clock[1]) // 1000
+            await link.call(main.stream, "ZADD", main.key("beat"), "XX", now, self.me)
+        except BrokerError as error:
+            _log.warning("no heartbeat while the loop is blocked: %s", error)
+        finally:
+            await link.close()
+
+    async def recover(self, left: Sequence[Left]) -> None:
+        dead: set[str] = set()
+        for number, source in enumerate(self._sources):
+            found: list[tuple[bytes, str, Ended]] = []
+            for one in left:
+                where, place, owner = one.token.decode().split(" ", 2)
+                dead.add(owner)
+                if int(where) == number:
+                    found.append((place.encode(), owner, one.ended))
+            if not found:
+                continue
+            pairs = [part for entry, owner, _ in found for part in (entry, owner)]
+            held = await self._link.script(scripts.HELD, [source.stream], *source.args, len(found), *pairs)
+            for (entry, owner, ended), kept in zip(found, held, strict=True):
+                if kept is not None:
+                    await self._recover_one(source, entry, owner, ended, kept)
+        if dead:
+            await self._beat(sorted(dead))
+            self._take_at = 0.0
+
+    async def _recover_one(self, source: Source, entry: bytes, owner: str, ended: Ended, kept: bytes) -> None:
+        history = History.decode(kept) if kept else FRESH
+        if ended is not Ended.RETURNED:
+            history = self._sink.on_crash(history, ended)
+        stored: asyncio.Future[str] = self._loop.create_future()
+        args = (entry, owner, b"" if history == FRESH else history.encode(), 0, 0)
+        self._pump.add(Op("back", lambda op, word: stored.set_result(word), source, args))
+        await stored  # a word means that it was settled or taken meanwhile
+
+    # --- the end ----------------------------------------------------------------------------------------------
+
+    async def drain(self) -> None:
+        if self._stopping:
+            return
+        self._stopping, self._free = True, 0
+        self._wake.set()
+        self._unblock()
+        if self._tasks:
+            await asyncio.wait([self._tasks[0]], timeout=8.0)
+
+    async def close(self) -> None:
+        if self._closed or not self._tasks:
+            return
+        await self.drain()
+        self._closed = True
+        for delivery in list(self._live.values()):
+            self._return(delivery, None, 0, "", self._told_off)
+        await self._pump.flush(3.0)
+        for task in [*self._tasks, *self._side]:
+            task.cancel()
+        await asyncio.wait([*self._tasks, *self._side])
+        self._pump.listeners.discard(self._pump_trouble)
+        await self._forget_reader()
+        args = [part for source in self._sources for part in source.args]
+        keys = [source.stream for source in self._sources]
+        with contextlib.suppress(BrokerError):  # the lease ends what is left of us
+            await asyncio.wait_for(self._link.script(scripts.LEAVE, keys, len(self._sources), *args), 3.0)
+
+    def _start(self, work: Any) -> None:
+        """Runs a coroutine beside the reader; its failure is a broker that is away, which the reader reports."""
+
+        async def guarded() -> None:
+            try:
+                await work
+            except BrokerError as error:
+                _log.debug("put off: %s", error)
+
+        task = self._loop.create_task(guarded())
+        self._side.add(task)
+        task.add_done_callback(self._side.discard)
+
+    def _pump_trouble(self, reason: str | None) -> None:
+        self._trouble("write", reason)
+
+    def _trouble(self, where: str, reason: str | None) -> None:
+        if reason is None:
+            self._troubles.pop(where, None)
+        else:
+            self._troubles[where] = reason
+        now = next(iter(self._troubles.values()), None)
+        if now != self._told:
+            self._told = now
+            self._sink.trouble(now)
+
+
+def _type_in(body: bytes) -> str | None:
+    """The type that the body names, for entries of clients that write no field for it."""
+    try:
+        found = json.loads(body)
+    except ValueError:
+        return None
+    kind = found.get("event_type") if isinstance(found, dict) else None
+    return kind if isinstance(kind, str) else None
