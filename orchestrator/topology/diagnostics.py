@@ -144,10 +144,10 @@ def render(diagnostics: Sequence[Diagnostic], color: bool = False) -> str:
     blocks = []
     for d in diagnostics:
         tone = _RED if d.severity == "error" else _YELLOW
-        place = f"{d.mark}: " if d.mark else ""
+        place = f"{_safe(str(d.mark))}: " if d.mark else ""
         lines = [f"{paint(_BOLD, place)}{paint(tone, d.severity + ':')} {_safe(d.message)} [{d.code}]"]
         if d.mark and d.line is not None:
-            lines += _excerpt(d.mark, d.line, lambda caret, tone=tone: paint(tone, caret))
+            lines += _excerpt(d.mark, d.line, paint(tone, "^"))
         if d.expected:
             lines.append(f"  expected {_safe(d.expected)}")
         if d.suggestion:
@@ -156,7 +156,7 @@ def render(diagnostics: Sequence[Diagnostic], color: bool = False) -> str:
     return "\n".join(blocks)
 
 
-def _excerpt(mark: Mark, line: str, paint: Callable[[str], str]) -> list[str]:
+def _excerpt(mark: Mark, line: str, caret: str) -> list[str]:
     column = min(mark.column - 1, len(line))
     start = 0
     if len(line) > _WIDEST:
@@ -165,7 +165,7 @@ def _excerpt(mark: Mark, line: str, paint: Callable[[str], str]) -> list[str]:
     # Tabs are kept above the caret, so that it stands below its character at any tab width.
     lead = "".join("\t" if c == "\t" else " " for c in line[start:column])
     number = str(mark.line)
-    return [f"  {number} | {shown}", f"  {' ' * len(number)} | {lead}{paint('^')}"]
+    return [f"  {number} | {shown}", f"  {' ' * len(number)} | {lead}{caret}"]
 
 
 def _safe(text: str) -> str:

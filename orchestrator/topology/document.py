@@ -39,6 +39,11 @@ class Document:
         entries: Mapping[str, object] = getattr(self, section)
         return entries
 
+    def at(self, section: str, name: str, *path: str | int) -> Node:
+        """The node of an entry, or of what lies at `path` below it."""
+        entries: Mapping[str, Entry[spec.Spec]] = getattr(self, section)
+        return entries[name].at(*path) if name in entries else self.root
+
     def excused(self, section: str, name: str) -> bool:
         """Whether `name` is unknown only because of an error that was reported."""
         return name in self.broken.get(section, ()) or section in self.unreadable
@@ -100,7 +105,7 @@ def _section(document: Document, section: str, model: type[S], problems: Problem
     node = _mapping(document.root, section, document, problems)
     broken = document.broken.setdefault(section, set())
     for key, value in node or ():
-        if not re.match(spec.NAME, key.text):
+        if not re.fullmatch(spec.NAME, key.text):
             expected = "letters, digits, - and _ (at most 63)"
             problems.error("name", f'"{key.text}" cannot be a name in `{section}`', key, expected=expected)
             broken.add(key.text)

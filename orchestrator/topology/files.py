@@ -9,9 +9,10 @@ import glob
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
-from orchestrator.topology.diagnostics import Problems
+from orchestrator.topology.diagnostics import Problems, near
 from orchestrator.topology.nodes import Broken, List, Map, Node, Scalar, Source, is_null
 from orchestrator.topology.source import parse, read, text
 
@@ -103,22 +104,32 @@ class Files:
         if not isinstance(item, Scalar) or not isinstance(item.value, str) or not item.value:
             self.problems.error("value", "an entry of `include` is no text", item, expected="a file or a glob")
             return []
-        pattern = str(item.source.folder / item.value)
-        found = sorted(Path(p) for p in glob.iglob(pattern, recursive=True) if not os.path.isdir(p))
+        pattern = os.path.normpath(item.source.folder / item.value)
+        if not Path(pattern).is_relative_to(top):
+            self._outside(item, top)
+            return []
+        # One more than allowed is enough to know that there are too many.
+        found = sorted(
+            islice((Path(p) for p in glob.iglob(pattern, recursive=True) if os.path.isfile(p)), _MOST_FILES + 1)
+        )
+        if glob.has_magic(pattern):
+            found = [p for p in found if p != item.source.path]  # *.yaml is not meant to be itself
         if not found:
-            self.problems.error(
-                "include", f"nothing matches {item.value}", item, expected=f"files in {item.source.folder}"
-            )
+            hint = near(item.value, [p.name for p in item.source.folder.iterdir()][:1000])
+            self.problems.error("include", f"nothing matches {item.value}", item, suggestion=hint)
         inside = [p for p in found if p.resolve().is_relative_to(top.resolve())]
         if len(inside) < len(found):
-            message = f"{item.value} leaves the folder of the topology"
-            self.problems.error("include", message, item, expected=f"files below {top}")
+            self._outside(item, top)
         if len(self._seen) + len(inside) > _MOST_FILES:
             self.problems.error(
                 "include", f"{item.value} matches too many files", item, expected=f"at most {_MOST_FILES}"
             )
             return []
         return inside
+
+    def _outside(self, item: Scalar, top: Path) -> None:
+        message = f"{item.value} leaves the folder of the topology"
+        self.problems.error("include", message, item, expected=f"files in {_shown(top)} and below")
 
     def _include(self, path: Path, item: Node, top: Path, chain: tuple[Path, ...]) -> Map | None:
         real = path.resolve()

@@ -70,12 +70,11 @@ def load(
     if tree is not None:
         declare(tree, inputs, problems)
         files.read += give(inputs, sets, vars_files, problems)
-        topology = _resolve(build(expand(tree, renderer), problems), files, inputs, problems)
-    found = _in_order(problems.found, [str(p) for p in files.read])
-    if topology is not None and not problems.errors:
-        warned = Problems()
-        lint(topology, warned, abilities)
-        found = _in_order(found + warned.found, [])
+        document = build(expand(tree, renderer), problems)
+        topology = _resolve(document, files, inputs, problems)
+        if not problems.errors:
+            lint(topology, document, problems, abilities)
+    found = _in_order(problems.found)
     if topology is None or problems.errors:
         stub = topology or _bare(inputs)
         raise TopologyError([d.redacted(stub.redact) for d in found], files.read)
@@ -119,7 +118,7 @@ def _bare(inputs: Inputs) -> Topology:
     return Topology("", "", Path(), (), {}, {}, {}, secrets=tuple(inputs.secrets))
 
 
-def _in_order(found: Sequence[Diagnostic], files: Sequence[str]) -> list[Diagnostic]:
+def _in_order(found: Sequence[Diagnostic]) -> list[Diagnostic]:
     """By file in the order of reading, then by line; what has no place comes first."""
     order: dict[str, int] = {}
     for diagnostic in found:

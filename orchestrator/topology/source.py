@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -20,7 +21,7 @@ MAX_DEPTH = 64  # levels of nesting, aliases expanded; later steps recurse
 MAX_NODES = 400_000  # of one file, aliases expanded
 MAX_DIGITS = 100  # of one number
 
-_Scanner: type[yaml.SafeLoader] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_Scanner: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 _FORBIDDEN = re.compile("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]")
 _INT = re.compile(r"[-+]?[0-9]+\Z")
@@ -167,7 +168,7 @@ class _Open:
 
 
 class _Composer:
-    def __init__(self, source: Source, problems: Problems, scanner: yaml.SafeLoader) -> None:
+    def __init__(self, source: Source, problems: Problems, scanner: Any) -> None:
         self.source = source
         self.problems = problems
         self.scanner = scanner
@@ -175,6 +176,8 @@ class _Composer:
         self.anchors: dict[str, tuple[Node, int, int]] = {}
         self.count = 0
         self.root: Node | None = None
+
+    # Events are typed Any: the stubs say that their marks may be missing, which these scanners never do.
 
     def document(self) -> Node | None:
         documents = 0
@@ -197,14 +200,14 @@ class _Composer:
                     )
         return self.root
 
-    def _place(self, event: yaml.Event) -> Broken:
+    def _place(self, event: Any) -> Broken:
         return Broken(self.source, event.start_mark.line + 1, event.start_mark.column + 1)
 
     def _fatal(self, code: str, message: str, at: Node, expected: str | None = None) -> None:
         self.problems.error(code, message, at, expected=expected)
         raise _Syntax
 
-    def _scalar(self, event: yaml.ScalarEvent) -> Node:
+    def _scalar(self, event: Any) -> Node:
         place = event.start_mark
         line, column, value = place.line + 1, place.column + 1, event.value
         tag = event.tag
@@ -224,13 +227,13 @@ class _Composer:
             return self._bad_tag(tag, event)
         return Scalar(self.source, line, column, resolved, value)
 
-    def _bad_tag(self, tag: str, event: yaml.Event) -> Node:
+    def _bad_tag(self, tag: str, event: Any) -> Node:
         shown = tag.replace(_TAG, "!!")
         at = self._place(event)
         self.problems.error("tag", f"the tag {shown} is not supported here", at, expected="a plain value without a tag")
         return at
 
-    def _start(self, event: yaml.MappingStartEvent | yaml.SequenceStartEvent) -> None:
+    def _start(self, event: Any) -> None:
         mapping = isinstance(event, yaml.MappingStartEvent)
         kind = Map if mapping else List
         node = kind(self.source, event.start_mark.line + 1, event.start_mark.column + 1)
@@ -251,7 +254,7 @@ class _Composer:
             node = Broken(self.source, node.line, node.column)
         self._attach(node, opened.anchor, opened.size, opened.height)
 
-    def _alias(self, event: yaml.AliasEvent) -> None:
+    def _alias(self, event: Any) -> None:
         at = self._place(event)
         if event.anchor not in self.anchors:
             inside = any(o.anchor == event.anchor for o in self.open)

@@ -28,7 +28,7 @@ def _text(pattern: str, expected: str) -> tuple[BeforeValidator, WithJsonSchema]
     compiled = re.compile(pattern)
 
     def check(value: object) -> str:
-        if isinstance(value, str) and compiled.search(value):
+        if isinstance(value, str) and compiled.fullmatch(value):
             return value
         raise wrong(expected)
 

@@ -50,8 +50,10 @@ class Inputs:
     secrets: list[str] = field(default_factory=list)
     files: list[Path] = field(default_factory=list)  # secret files that were read
     evaluate: Callable[[Node], Any] | None = None  # renders a default; set by the loader
+    used: list[str] = field(default_factory=list)  # secret texts that went into the template being rendered
     _values: dict[str, Any] = field(default_factory=dict)
     _failed: set[str] = field(default_factory=set)
+    _tainted: set[str] = field(default_factory=set)  # variables whose default holds a secret
 
     def names(self, node: Scalar, scope: Mapping[str, Any] | None) -> dict[str, Any]:
         """The variables of one template."""
@@ -64,6 +66,8 @@ class Inputs:
     def value(self, name: str) -> Any:
         """A variable's value. Raises InputError when it is not declared or not set."""
         if name in self._values:
+            if name in self._tainted:
+                self.used += leaves(self._values[name])
             return self._values[name]
         if name in self.given:
             return self.given[name]
@@ -85,7 +89,10 @@ class Inputs:
         if name in self._failed:
             raise FollowUp
         self._failed.add(name)  # until it has a value: a default that asks for itself ends here
+        before = len(self.used)
         self._values[name] = self.evaluate(entry.default)
+        if len(self.used) > before:
+            self._tainted.add(name)
         return self._values[name]
 
     def secret(self, reference: object, folder: Path) -> str:
@@ -100,6 +107,7 @@ class Inputs:
         else:
             raise InputError("secret", "secret() takes 'env:NAME' or 'file:PATH'")
         self.remember(value)
+        self.used.append(value)
         return value
 
     def remember(self, value: str) -> None:
@@ -108,11 +116,11 @@ class Inputs:
             if text and text not in self.secrets:
                 self.secrets.append(text)
 
-    def derived(self, value: object, before: int) -> None:
+    def derived(self, value: object) -> None:
         """What a template made of secrets (upper-cased, encoded …) is one too when they no longer show in it."""
-        fresh = self.secrets[before:]
-        if fresh and isinstance(value, (str, int, float)) and not any(s in str(value) for s in fresh):
-            self.remember(str(value))
+        for text in leaves(value) if self.used else ():
+            if not any(secret in text for secret in self.used):
+                self.remember(text)
 
     def _file(self, path: Path) -> str:
         try:
@@ -125,6 +133,19 @@ class Inputs:
         except (OSError, ValueError) as error:
             reason = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else getattr(error, "strerror", None)
             raise InputError("secret", f"cannot read the secret file {path}: {reason or error}") from None
+
+
+def leaves(value: object) -> list[str]:
+    """Every text and number in `value`, as text."""
+    found = []
+    waiting = [value]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, (dict, list)):
+            waiting += one.values() if isinstance(one, dict) else one
+        elif one is not None and not isinstance(one, bool):
+            found.append(str(one))
+    return found
 
 
 class _Vars(Mapping[str, Any]):
