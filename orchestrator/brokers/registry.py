@@ -7,19 +7,9 @@ from typing import cast
 
 from orchestrator.brokers.base import Adapter
 from orchestrator.errors import OrchestratorError
+from orchestrator.topology.brokers import SCHEMES
 
-#: URL scheme -> adapter package. "embedded" is NATS; "memory" exists for orchestrator.testing.
-SCHEMES = {
-    "embedded": "nats",
-    "nats": "nats",
-    "tls": "nats",
-    "kafka": "kafka",
-    "redis": "redis",
-    "rediss": "redis",
-    "redis+sentinel": "redis",
-    "redis+cluster": "redis",
-    "memory": "memory",
-}
+__all__ = ["SCHEMES", "adapter"]
 
 _EXTRAS = {"kafka": "confluent_kafka", "redis": "redis"}
 
