@@ -43,8 +43,8 @@ def rig(driver: Driver, tmp_path: Path) -> Rig:
 @pytest.fixture
 def short_lease(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> float:
     """Vanished consumers are given up after this many seconds, in this test; resources made later know it too."""
-    module, _, name = rig.driver.lease_constant.partition(":")
-    monkeypatch.setattr(importlib.import_module(module), name, rig.driver.short_lease)
+    for constant in rig.driver.lease_constants:
+        monkeypatch.setattr(constant.replace(":", "."), rig.driver.short_lease)
     return rig.driver.short_lease
 
 

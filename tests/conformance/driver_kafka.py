@@ -18,7 +18,7 @@ from .drivers import ServerDriver
 
 class KafkaDriver(ServerDriver):
     kind = "kafka"
-    lease_constant = "orchestrator.brokers.kafka.consumer:LEASE"
+    lease_constants = ("orchestrator.brokers.kafka.consumer:LEASE",)
     short_lease = 2.0
     too_large = 1_048_588 + 1  # the broker's message.max.bytes
     undeletable = "a group that is being read cannot be deleted on Kafka"

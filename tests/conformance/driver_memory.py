@@ -19,7 +19,7 @@ from .victims import Held, Victim
 class MemoryDriver:
     kind = "memory"
     client: Mapping[str, Any] = {}
-    lease_constant = "orchestrator.brokers.memory.consumer:LEASE"
+    lease_constants = ("orchestrator.brokers.memory.consumer:LEASE",)
     short_lease = 0.6
     too_large: int | None = 1024 * 1024 + 1
     processes = False

@@ -17,7 +17,7 @@ from .drivers import ServerDriver
 
 class NatsDriver(ServerDriver):
     kind = "nats"
-    lease_constant = "orchestrator.brokers.nats.consumer:LEASE"
+    lease_constants = ("orchestrator.brokers.nats.resources:ACK_WAIT", "orchestrator.brokers.nats.consumer:ACK_WAIT")
     too_large = 1024 * 1024 + 1  # the server's max_payload
 
     def address(self, topology: str, channel: str) -> str:

@@ -15,7 +15,7 @@ from .drivers import ServerDriver
 
 class RedisDriver(ServerDriver):
     kind = "redis"
-    lease_constant = "orchestrator.brokers.redis.consumer:LEASE"
+    lease_constants = ("orchestrator.brokers.redis.consumer:LEASE",)
 
     def address(self, topology: str, channel: str) -> str:
         return f"{{{topology}}}:{channel}"

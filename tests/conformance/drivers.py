@@ -29,7 +29,7 @@ class Server(Protocol):
 class Driver(Protocol):
     kind: str
     client: Mapping[str, Any]  # raw client options of the topology's broker
-    lease_constant: str  # "module:NAME": the adapter's lease in seconds, read anew whenever one is taken
+    lease_constants: tuple[str, ...]  # "module:NAME" of each name that holds the adapter's lease in seconds
     short_lease: float  # to which the takeover tests may shorten it
     too_large: int | None  # a body of so many bytes is refused; None: this broker takes whatever we can try
     processes: bool  # consumers may live in processes of their own
@@ -71,6 +71,7 @@ class ServerDriver:
     """What the drivers of the real servers share."""
 
     client: Mapping[str, Any] = {}
+    lease_constants: tuple[str, ...]
     too_large: int | None = None
     processes = True
     undeletable = ""
@@ -93,7 +94,7 @@ class ServerDriver:
         await asyncio.to_thread(self.server.start)
 
     async def victim(self, topology: Topology, agent: str, slot: str, free: int) -> Victim:
-        return await ProcessVictim.start(topology, agent, slot, free, self.lease_constant)  # type: ignore[attr-defined]
+        return await ProcessVictim.start(topology, agent, slot, free, self.lease_constants)
 
 
 def driver_class(kind: str) -> Callable[..., Driver]:

@@ -46,8 +46,8 @@ class Sink:
 
 async def main() -> None:
     spec = pickle.loads(Path(sys.argv[1]).read_bytes())
-    module, name, lease = spec["constant"]
-    setattr(importlib.import_module(module), name, lease)
+    for module, name, lease in spec["leases"]:
+        setattr(importlib.import_module(module), name, lease)
     topology = spec["topology"]
     broker = topology.brokers["main"]
     connection = await registry.adapter(broker.kind).connect(topology, broker, name="victim")

@@ -56,12 +56,14 @@ class ProcessVictim:
         self._spec = spec
 
     @classmethod
-    async def start(cls, topology: Topology, agent: str, slot: str, free: int, constant: str) -> ProcessVictim:
-        module, _, name = constant.partition(":")
-        lease = getattr(importlib.import_module(module), name)
+    async def start(
+        cls, topology: Topology, agent: str, slot: str, free: int, constants: tuple[str, ...]
+    ) -> ProcessVictim:
+        places = [constant.partition(":")[::2] for constant in constants]
+        leases = [(module, name, getattr(importlib.import_module(module), name)) for module, name in places]
         with tempfile.NamedTemporaryFile(prefix="victim-", delete=False) as file:
             pickle.dump(
-                {"topology": topology, "agent": agent, "slot": slot, "free": free, "constant": (module, name, lease)},
+                {"topology": topology, "agent": agent, "slot": slot, "free": free, "leases": leases},
                 file,
             )
         script = str(Path(__file__).with_name("victim.py"))
