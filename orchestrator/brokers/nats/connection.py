@@ -29,6 +29,7 @@ from orchestrator.brokers.nats import embedded, resources
 from orchestrator.brokers.nats.client import ApiError, Json, Link, Raw, open_link, when
 from orchestrator.brokers.nats.consumer import NatsConsumer, public_headers
 from orchestrator.brokers.nats.producer import NatsProducer, Publisher, head
+from orchestrator.brokers.nats.relay import Relay
 from orchestrator.brokers.nats.resources import ACK_WAIT, Resources, letters_root, safe
 from orchestrator.errors import BrokerError, BrokerUnavailable, PublishRejected, RefusedError, ResourceMissing
 from orchestrator.topology.model import Broker, Channel, Mode, Subscription, Topology, matches
@@ -48,6 +49,7 @@ class NatsConnection:
         self.publisher = Publisher(link, self._recreate)
         self.sinks: list[base.Sink] = []
         self._producer = NatsProducer(self)
+        self.relay = Relay(self)
         self._desired = {d.id.name: d for d in resources.desired(topology, broker)}
 
     @property
@@ -126,6 +128,15 @@ class NatsConnection:
             healed.append(f"consumer {stream}/{durable}")
         return healed
 
+    async def heal_later(self) -> bool:
+        """Makes the internal stream of delayed events again; whether it was gone."""
+        names = self.resources.names
+        if gone := await self._missing(f"STREAM.INFO.{names.later}"):
+            await self._make(names.later)
+        else:
+            await self.resources.create_relay()
+        return gone
+
     async def _missing(self, verb: str) -> bool:
         try:
             await self.link.api(verb)
@@ -141,9 +152,8 @@ class NatsConnection:
             )
         await self.resources.create(wanted)
 
-    async def _recreate(self, channel: Channel | None) -> None:
+    async def _recreate(self, stream: str, channel: Channel | None) -> None:
         """A publish found nobody listening. Returns when the stream is there (again)."""
-        stream = self.stream(channel) if channel is not None else self.resources.names.state
         try:
             config: Json = (await self.link.api(f"STREAM.INFO.{stream}"))["config"]
         except ResourceMissing:
@@ -221,8 +231,6 @@ class NatsConnection:
 
     def _stored(self, channel: Channel, raw: Raw, events: Sequence[str], dead_letters: bool) -> Stored | None:
         """None for what is no event of this view."""
-        if raw.subject.startswith("$ORCHESTRATOR."):
-            return None
         root = f"{letters_root(channel)}."
         letter = channel.dead_letters and raw.subject.startswith(root)
         if letter != dead_letters and channel.dead_letters:
@@ -275,7 +283,7 @@ class NatsConnection:
             if not confirmed.done():
                 confirmed.set_exception(error) if error is not None else confirmed.set_result(None)
 
-        self.publisher.publish(subject.encode(), header, message.body, None, done)
+        self.publisher.publish(subject.encode(), header, message.body, self.resources.names.inbox, done)
         await confirmed
 
     async def lag(self, subscriptions: Sequence[Subscription]) -> Mapping[tuple[str, str], Lag]:
@@ -333,9 +341,7 @@ class NatsConnection:
         await self.create(moved)
 
     async def count(self, channel: Channel) -> int:
-        later = f"$ORCHESTRATOR.later.{self.stream(channel)}.*"
-        state = (await self.link.api(f"STREAM.INFO.{self.stream(channel)}", {"subjects_filter": later}))["state"]
-        return int(state["messages"]) - sum(int(n) for n in (state.get("subjects") or {}).values())
+        return int((await self.link.api(f"STREAM.INFO.{self.stream(channel)}"))["state"]["messages"])
 
     async def facts(self) -> list[Fact]:
         info = self.link.info
@@ -388,6 +394,7 @@ class NatsConnection:
         return Fact("sync_interval", f"{int(found[2]) / 1e9:g} s", "ok", hint)
 
     async def close(self) -> None:
+        await self.relay.close()
         await self.publisher.close()
         await self.link.close()
 
@@ -399,9 +406,7 @@ class NatsAdapter:
         kind="nats",
         lease=ACK_WAIT,
         atomic_settle=False,
-        notes=(
-            "outputs are published before their event is settled: a crash in between sends them again under the same ids",
-        ),
+        notes=("outputs are confirmed before their event is settled: a crash in between sends them again, same ids",),
     )
 
     def desired(self, topology: Topology, broker: Broker) -> list[Desired]:

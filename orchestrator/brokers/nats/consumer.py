@@ -23,6 +23,7 @@ from orchestrator.topology.model import Subscription
 if TYPE_CHECKING:
     from orchestrator.brokers.nats.connection import NatsConnection
 
+_REMEMBERED = 65536  # events given back unstarted
 _EARLY = 0.02  # seconds before its time that a retry may be handed out
 
 
@@ -133,6 +134,7 @@ class NatsConsumer:
         self._batch: list[NatsDelivery] = []
         self._parked: list[NatsDelivery] = []  # one redriven event may wait for a slot
         self._known: dict[str, _Record] = {}  # histories at the last (re)connect
+        self._given_back: dict[tuple[str, bytes], int] = {}  # never started here: delivery counts to overlook
         self._floor = 0  # everything up to here is settled, as last seen
         self._reading = False
         self._asked = False
@@ -140,6 +142,7 @@ class NatsConsumer:
         self._tasks: set[asyncio.Task[None]] = set()
         self._resuming: asyncio.Task[None] | None = None
         self._extended = 0.0
+        self._lease = ACK_WAIT  # as the server has it
         self._clock = asyncio.get_running_loop().time
 
     # --- life ---
@@ -150,6 +153,8 @@ class NatsConsumer:
         await self._prepare()
         self._main.open()
         self._redrive.open()
+        if self._connection.schedules:
+            self._connection.relay.open()
         self._reading = True
         self._link.listeners.append(self._link_changed)
         self._spawn(self._watch())
@@ -160,6 +165,7 @@ class NatsConsumer:
             info = await self._link.api(f"CONSUMER.INFO.{lane.stream}.{lane.durable}")
             if lane is self._main:
                 self._floor = int(info["ack_floor"]["stream_seq"])
+                self._lease = float(info["config"]["ack_wait"]) / 1e9
         known: dict[str, _Record] = {}
         async for raw in self._link.read(self._state, subject=self._history_root + "*"):
             suffix = raw.subject.rpartition(".")[2]
@@ -239,7 +245,7 @@ class NatsConsumer:
     async def _watch(self) -> None:
         """Once a second: lost requests; each third of a lease: extends what is unsettled."""
         while True:
-            await asyncio.sleep(1.0)
+            await asyncio.sleep(min(1.0, self._lease / 6))
             if not self._link.connected:
                 continue
             if self._reading and self._resuming is None:
@@ -247,7 +253,7 @@ class NatsConsumer:
                 if quiet:
                     self._resume(f"no sign of life of {quiet[0].stream}/{quiet[0].durable}")
             now = self._clock()
-            if now - self._extended >= ACK_WAIT / 3:
+            if now - self._extended >= self._lease / 3:
                 self._extended = now
                 for delivery in self._unsettled.values():
                     self._client.send(b"PUB %b 4\r\n+WPI\r\n" % delivery.reply)
@@ -357,16 +363,16 @@ class NatsConsumer:
 
     def _judge(self, delivery: NatsDelivery, record: _Record | None) -> None:
         """What is known of a redelivery; one that came before its time goes back for the rest."""
-        if record is None or record.stamp != delivery.stamp:
-            delivery.redelivered = delivery.count > 1
-        else:
+        if record is not None and record.stamp != delivery.stamp:
+            record = None  # about an earlier event of this sequence: the stream was created again
+        seen = self._given_back.pop((self._suffix(delivery), delivery.stamp), 0)
+        delivery.redelivered = delivery.count > max(seen, record.count if record is not None else 0) + 1
+        if record is not None:
             delivery.stored = True
             delivery.history = record.history
-            delivery.redelivered = delivery.count > record.count + 1
             rest = record.history.not_before - time.time()
             if rest > _EARLY:
-                del self._unsettled[delivery.lane, delivery.key]
-                self._nak(delivery.reply, rest)
+                self._give_back(delivery, rest)
                 self.demand(self._free)
                 return
         self._hand_out([delivery])
@@ -414,8 +420,17 @@ class NatsConsumer:
     def release(self, deliveries: Sequence[Delivery]) -> None:
         for delivery in deliveries:
             assert isinstance(delivery, NatsDelivery)
-            if self._unsettled.pop((delivery.lane, delivery.key), None) is not None:
-                self._nak(delivery.reply, 0)
+            if (delivery.lane, delivery.key) in self._unsettled:
+                self._give_back(delivery, 0)
+
+    def _give_back(self, delivery: NatsDelivery, delay: float) -> None:
+        """Uncounted: nobody started it. Other processes do not know that, so to them it is `redelivered`."""
+        del self._unsettled[delivery.lane, delivery.key]
+        if not delivery.redelivered:
+            if len(self._given_back) >= _REMEMBERED:
+                self._given_back.clear()
+            self._given_back[self._suffix(delivery), delivery.stamp] = delivery.count
+        self._nak(delivery.reply, delay)
 
     async def recover(self, left: Sequence[Left]) -> None:
         await asyncio.gather(*(self._recover_one(one) for one in left))
@@ -458,7 +473,7 @@ class NatsConsumer:
         """Keeps `history`; it accounts for the deliveries so far."""
         record = _Record(history, delivery.count, delivery.stamp)
         delivery.stored = True
-        self._connection.publisher.publish(self._subject(delivery).encode(), b"", record.encode(), None, done)
+        self._connection.publisher.publish(self._subject(delivery).encode(), b"", record.encode(), self._state, done)
 
     def _subject(self, delivery: NatsDelivery) -> str:
         return f"{self._history_root}{self._suffix(delivery)}"

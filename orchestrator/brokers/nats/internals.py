@@ -4,9 +4,9 @@ Why: the public client makes about 575 Python calls for one event, most of them 
 flusher. Here frames are parsed in one loop and handed to plain callbacks, and what is written in one turn of the event
 loop goes out in one write. Connecting, authentication, TLS, pings and reconnecting stay nats-py's.
 
-Used of nats.aio.client.Client: _ps, _sid, _subs, _transport, _server_info, _process_msg; of
-nats.protocol.parser.Parser: nc, parse, reset; of nats.aio.subscription.Subscription: its constructor. tests/nats/test_internals.py fails when
-one of them is gone.
+Used of nats.aio.client.Client: _ps, _sid, _subs, _transport, _server_info, _process_msg. Used of
+nats.protocol.parser.Parser: nc, parse, reset. Used of nats.aio.subscription.Subscription: its constructor.
+tests/nats/test_internals.py fails when one of them is gone.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from orchestrator.brokers.base import Done, Outgoing
 from orchestrator.brokers.nats.client import Link, iso, status_of
+from orchestrator.brokers.nats.resources import safe
 from orchestrator.errors import BrokerError, BrokerUnavailable, PublishRejected, ResourceMissing
 from orchestrator.topology.model import Channel
 
@@ -33,21 +34,20 @@ _LINE_BREAK = re.compile(r"[\r\n\x00]")
 _UNSAFE_TOKEN = re.compile(r"[\s.*>\x00-\x1f\x7f]")
 
 
-def later_subject(stream: str, unique: str) -> str:
-    """Where an event waits for its time: a subject of its own channel that no subscription reads."""
-    return f"$ORCHESTRATOR.later.{stream}.{unique}"
+def _stream(home: Channel | str) -> str:
+    return home if isinstance(home, str) else safe(home.address)
 
 
 class _Publish:
     """One frame on its way. `done` is called once."""
 
-    __slots__ = ("channel", "done", "frame", "publisher", "sent", "token")
+    __slots__ = ("done", "frame", "home", "publisher", "sent", "token")
 
-    def __init__(self, publisher: Publisher, token: bytes, frame: bytes, channel: Channel | None, done: Done) -> None:
+    def __init__(self, publisher: Publisher, token: bytes, frame: bytes, home: Channel | str, done: Done) -> None:
         self.publisher = publisher
         self.token = token
         self.frame = frame
-        self.channel = channel
+        self.home = home
         self.done = done
         self.sent = 0.0
 
@@ -61,9 +61,9 @@ class _Publish:
 class Publisher:
     """Everything that is unconfirmed on one link: events, dead letters and the histories of retries."""
 
-    def __init__(self, link: Link, recreate: Callable[[Channel | None], Awaitable[str | None]]) -> None:
+    def __init__(self, link: Link, recreate: Callable[[str, Channel | None], Awaitable[None]]) -> None:
         self._link = link
-        self._recreate = recreate  # a stream of ours is gone: make it again, return what to tell people
+        self._recreate = recreate  # makes a stream of ours that is gone again
         self._open: dict[bytes, _Publish] = {}
         self._bytes = 0
         self._healing: dict[str, asyncio.Task[None]] = {}
@@ -85,8 +85,10 @@ class Publisher:
             self._waiters.append(waiter)
             await waiter
 
-    def publish(self, subject: bytes, header: bytes, body: bytes, channel: Channel | None, done: Done) -> None:
-        """Sends until the broker has answered. Raises PublishRejected when the server would not take the size."""
+    def publish(self, subject: bytes, header: bytes, body: bytes, home: Channel | str, done: Done) -> None:
+        """Sends until the broker has answered; `home` is the channel, or the name of an internal stream.
+
+        Raises PublishRejected when the server would not take the size."""
         size = len(header) + len(body)
         link = self._link
         if size > link.max_payload:
@@ -99,7 +101,7 @@ class Publisher:
             frame = b"HPUB %b %b%b %d %d\r\n%b%b\r\n" % (subject, self._inbox, token, len(header), size, header, body)
         else:
             frame = b"PUB %b %b%b %d\r\n%b\r\n" % (subject, self._inbox, token, size, body)
-        entry = _Publish(self, token, frame, channel, done)
+        entry = _Publish(self, token, frame, home, done)
         self._open[token] = entry
         self._bytes += len(frame)
         link.waiting[token] = entry.on_reply
@@ -125,10 +127,10 @@ class Publisher:
         """Anything but a plain acknowledgement: a missing stream is made again, the rest is reported."""
         status, words = status_of(header)
         if status == 503:
-            name = entry.channel.name if entry.channel else ""
+            name = _stream(entry.home)
             entry.sent = 0.0  # sent again once the stream is known to be there
             if name not in self._healing:
-                self._healing[name] = asyncio.create_task(self._heal(name, entry.channel))
+                self._healing[name] = asyncio.create_task(self._heal(name, entry.home))
             return
         code, text = 0, words or body[:200].decode("utf-8", "replace")
         try:
@@ -145,14 +147,12 @@ class Publisher:
             return
         self.finish(entry, PublishRejected(f"NATS refused the event: {text} ({code})", hint=_HINTS.get(code)))
 
-    async def _heal(self, name: str, channel: Channel | None) -> None:
+    async def _heal(self, name: str, home: Channel | str) -> None:
         """Nobody listened on a subject: JetStream is starting, or the stream is gone."""
         try:
-            await self._recreate(channel)
+            await self._recreate(name, None if isinstance(home, str) else home)
         except (ResourceMissing, PublishRejected) as error:
-            self._end_all(
-                lambda e: (e.channel.name if e.channel else "") == name, PublishRejected(error.message, hint=error.hint)
-            )
+            self._end_all(lambda entry: _stream(entry.home) == name, PublishRejected(error.message, hint=error.hint))
             return
         except BrokerError:
             await asyncio.sleep(0.5)  # not answering yet: the entries are sent again and ask again
@@ -236,10 +236,11 @@ class NatsProducer:
     def send(self, message: Outgoing, done: Done) -> None:
         if message.delay > 0:
             subject, extra = self._later(message)
+            home: Channel | str = self._connection.resources.names.later
         else:
-            subject, extra = self._subject(message), b""
+            subject, extra, home = self._subject(message), b"", message.channel
         header = head(message.message_id, message.correlation_id, message.headers, extra)
-        self._publisher.publish(subject, header, message.body, message.channel, done)
+        self._publisher.publish(subject, header, message.body, home, done)
 
     def reply(self, address: str, message: Outgoing, done: Done) -> None:
         if not _SUBJECT.fullmatch(address):
@@ -275,22 +276,21 @@ class NatsProducer:
         return subject
 
     def _later(self, message: Outgoing) -> tuple[bytes, bytes]:
-        channel = message.channel
-        if channel.external or not self._connection.schedules:
+        """Subject and headers of a delayed event: the server lets it go at its time, relay.py moves it on."""
+        if not self._connection.schedules:
             raise PublishRejected(
-                f"channel {channel.name} cannot take delayed events",
-                hint="delay= needs a channel of this topology and nats-server 2.12 or newer",
+                "this NATS server cannot hold an event until its time", hint="delay= needs nats-server 2.12 or newer"
             )
-        if channel.retention.max_age is not None and message.delay >= channel.retention.max_age:
-            raise PublishRejected(
-                f"a delay of {message.delay:g} s is longer than channel {channel.name} keeps events",
-                hint=f"raise channels.{channel.name}.retention.max_age or shorten the delay",
-            )
-        target = self._subject(message)
-        unique = hashlib.sha256(message.message_id.encode()).hexdigest()[:32]
+        target = self._subject(message).decode()
+        unique = hashlib.sha256(message.message_id.encode("utf-8", "surrogateescape")).hexdigest()[:32]
+        root = self._connection.resources.names.later_root
         due = iso(round(time.time() + message.delay, 3))
-        extra = b"Nats-Schedule: @at %b\r\nNats-Schedule-Target: %b\r\n" % (due.encode(), target)
-        return later_subject(self._connection.stream(channel), unique).encode(), extra
+        extra = (
+            f"Nats-Schedule: @at {due}\r\nNats-Schedule-Target: {root}due\r\n"
+            f"Nats-Orchestrator-Subject: {target}\r\nNats-Orchestrator-Id: {_escape(message.message_id)}\r\n"
+            f"Nats-Orchestrator-Channel: {message.channel.name}\r\n"
+        )
+        return f"{root}at.{unique}".encode(), extra.encode("utf-8", "surrogateescape")
 
 
 def head(message_id: str, correlation_id: str, headers: dict[str, str], extra: bytes) -> bytes:

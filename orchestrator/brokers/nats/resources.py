@@ -45,6 +45,8 @@ class Names:
         self.scope = safe(broker.prefix + topology.name)
         self.state = f"KV_{self.scope}-state"
         self.inbox = f"{self.scope}-inbox"
+        self.later = f"{self.scope}-later"
+        self.later_root = f"$ORCHESTRATOR.later.{self.scope}."
 
     def history_root(self, subscription: Subscription, channel: Channel) -> str:
         """Prefix of the subjects that hold the histories of one subscription; the stream sequence follows."""
@@ -61,7 +63,7 @@ class Names:
 
 
 def desired(topology: Topology, broker: Broker) -> list[Desired]:
-    """Streams first, then the two internal ones, then consumers."""
+    """Streams first, then the three internal ones, then consumers."""
     names = Names(topology, broker)
     channels = {c.name: c for c in topology.channels.values() if c.broker == broker.name}
     found = [
@@ -87,6 +89,7 @@ def desired(topology: Topology, broker: Broker) -> list[Desired]:
         for name, settings in (
             (names.state, _state_settings(names, replicas)),
             (names.inbox, _inbox_settings(names, replicas)),
+            (names.later, _later_settings(names, replicas)),
         ):
             found.append(Desired(ResourceId(broker.name, "internal", name), settings, where=("brokers", broker.name)))
     for agent, subscription in subscriptions:
@@ -111,7 +114,6 @@ def stream_settings(channel: Channel, broker: Broker) -> dict[str, Setting]:
     subjects = [broker.prefix + pattern for pattern in channel.events]
     if channel.dead_letters:
         subjects.append(f"{letters_root(channel)}.>")
-    subjects.append(f"$ORCHESTRATOR.later.{safe(channel.address)}.*")
     return {
         "subjects": tuple(sorted(subjects)),
         "retention": "workqueue" if channel.mode is Mode.QUEUE and not channel.dead_letters else "limits",
@@ -123,7 +125,6 @@ def stream_settings(channel: Channel, broker: Broker) -> dict[str, Setting]:
         "num_replicas": channel.replication,
         "duplicate_window": min(window, age) if age else window,
         "allow_direct": True,
-        "allow_msg_schedules": True,
     }
 
 
@@ -164,6 +165,19 @@ def _inbox_settings(names: Names, replicas: int) -> dict[str, Setting]:
         "discard": "new",
         "num_replicas": replicas,
         "allow_direct": True,
+    }
+
+
+def _later_settings(names: Names, replicas: int) -> dict[str, Setting]:
+    """Delayed events: under `at` while the server's schedule holds them, under `due` until a relay moves them on."""
+    return {
+        "subjects": (f"{names.later_root}at.*", f"{names.later_root}due"),
+        "retention": "workqueue",
+        "storage": "file",
+        "discard": "old",
+        "num_replicas": replicas,
+        "allow_direct": True,
+        "allow_msg_schedules": True,
     }
 
 
@@ -231,7 +245,7 @@ class Resources:
 
     async def observe(self, wanted: Sequence[Desired]) -> list[Observed]:
         by_id = {d.id: d for d in wanted}
-        internal = {self.names.state, self.names.inbox}
+        internal = {self.names.state, self.names.inbox, self.names.later}
         streams = await self._link.api_pages("STREAM.LIST", "streams")
         subscribed = {d.id.name.partition("/")[0] for d in wanted if d.id.kind == "subscription"}
         found: list[Observed] = []
@@ -245,7 +259,7 @@ class Resources:
             if resource in by_id or owner == self._topology.name:
                 found.append(self._stream(resource, info, by_id.get(resource)))
             read = owner == self._topology.name or name in subscribed
-            if read and name != self.names.inbox and info["state"].get("consumer_count"):
+            if read and name not in internal and info["state"].get("consumer_count"):
                 ask.append(name)
         gate = asyncio.Semaphore(32)
 
@@ -314,6 +328,8 @@ class Resources:
             await self._link.api(f"STREAM.CREATE.{name}", config)
         except ApiError as error:
             raise _explained(error, f"stream {name}") from None
+        if name == self.names.later:
+            await self.create_relay()
 
     async def _create_consumer(self, wanted: Desired, *, start: Mapping[str, Any] | None = None) -> None:
         stream, _, durable = wanted.id.name.partition("/")
@@ -336,6 +352,11 @@ class Resources:
                 "metadata": self._labels(wanted),
             },
         )
+
+    async def create_relay(self) -> None:
+        """The one consumer of the delayed events, shared by every worker."""
+        settings: dict[str, Setting] = {"filter_subjects": (f"{self.names.later_root}due",), "ack_wait": ACK_WAIT}
+        await self._put_consumer(self.names.later, "relay", _consumer_config("relay", settings))
 
     async def heal_consumer(self, wanted: Desired, after: int) -> None:
         """Makes a deleted consumer again; in a log it goes on after sequence `after`."""
