@@ -87,6 +87,7 @@ class Fleet:
         self._moved = asyncio.Condition()
         self._lock = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._stopping = False
         self._failed = asyncio.Event()
         self._failure: BaseException | None = None
 
@@ -95,7 +96,7 @@ class Fleet:
     async def start(self, target: Target) -> None:
         """Starts everything; returns when the workers are on their way. Raises OrchestratorError when the warm
         parent cannot use the topology."""
-        self._left = dict.fromkeys(locks.journals(self._run_dir), 0)
+        self._left = dict.fromkeys(locks.left_behind(self._run_dir), 0)
         await self._nursery.start()
         await self._nursery.prepare(target.key, target.topology)
         self._aim(target)
@@ -125,9 +126,10 @@ class Fleet:
 
     async def stop(self) -> None:
         """Drains every worker within its own drain_timeout, then ends the warm parent."""
+        self._stopping = True
+        self._wanted = {}
         for slot in list(self.slots.values()):
             slot.feed(process.Leave("the supervisor stops"))
-        self._wanted = {}
         self._forget_ended()
         async with self._moved:
             await self._moved.wait_for(lambda: not self.slots)
@@ -182,6 +184,8 @@ class Fleet:
         return self.target.key if self.target is not None else ""
 
     def _aim(self, target: Target, gate: Collection[str] = ()) -> None:
+        if self._stopping:
+            return
         self.target, self._gate = target, frozenset(gate)
         self._wanted = target.wanted(gate)
         for slot in self.slots.values():
@@ -247,11 +251,10 @@ class Fleet:
             del self.slots[place]
             self.past.setdefault(slot.post.agent, Counts()).add(slot.past)
             self.restarts[slot.post.agent] = self.restarts.get(slot.post.agent, 0) + slot.life.restarts
-            if slot.life.clean:
-                locks.forget(self._run_dir, *place)
-                self._left.pop(place, None)
-            elif locks.journal_path(self._run_dir, *place).exists():
+            if locks.leaves_something(self._run_dir, *place):
                 self._left.setdefault(place, 0)
+            else:
+                self._left.pop(place, None)
             slot.close()
 
     async def _converge(self, touched: Collection[str], deadline: float) -> None:
@@ -259,6 +262,8 @@ class Fleet:
         end = time.monotonic() + deadline
         async with self._moved:
             while not self._settled(touched):
+                if self._stopping:
+                    raise SupervisorError("the supervisor is stopping", hint="wait until it has ended")
                 if (why := self._hopeless(touched)) is not None:
                     raise why
                 if self._starting(touched) and time.monotonic() > end:
@@ -270,7 +275,11 @@ class Fleet:
                 await self._moved.wait()
 
     def _settled(self, touched: Collection[str]) -> bool:
-        running = [each for each in self._running() if each.agent in touched]
+        running = [
+            each
+            for each in self._running()
+            if each.agent in touched and not self.slots[each.agent, each.slot].life.recovering
+        ]
         ready = all(each.ready and each.digest == self._digest(each.agent) for each in running)
         enough = all(
             sum(each.agent == name for each in running) == want.replicas
@@ -301,9 +310,8 @@ class Fleet:
 
     def _hopeless(self, touched: Collection[str]) -> SupervisorError | None:
         for slot in self._new(touched):
-            if slot.life.state is State.FAILED:
-                error = slot.load_error or {}
-                text = f"{slot.post.agent} does not start: {slot.life.reason}; what ran before goes on"
+            if (error := slot.load_error) is not None:
+                text = f"{slot.post.agent} does not start: {error['message']}; what ran before goes on"
                 trace = str(error.get("traceback") or "").rstrip()
                 return SupervisorError(f"{text}\n{trace}".rstrip(), hint=error.get("hint") or "mend it and apply again")
             if slot.life.ends >= 2 and slot.life.state is not State.READY:

@@ -7,13 +7,13 @@ kind is not inherited by what a handler forks: it says "this very process lives"
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import os
 import re
 from pathlib import Path
 
 from orchestrator.errors import LockedError
+from orchestrator.worker import journal
 
 
 class SupervisorLock:
@@ -76,10 +76,6 @@ def lock_path(run_dir: Path, agent: str, slot: int) -> Path:
     return run_dir / f"{agent}.{slot}.lock"
 
 
-def journal_path(run_dir: Path, agent: str, slot: int) -> Path:
-    return run_dir / f"{agent}.{slot}.journal"
-
-
 def holder(path: Path) -> int | None:
     """The pid of the live process that holds the slot lock `path`; None when nobody does (0: not told yet)."""
     try:
@@ -102,16 +98,20 @@ def holders(run_dir: Path) -> dict[Path, int]:
     return {path: pid for path, pid in found.items() if pid is not None}
 
 
-def journals(run_dir: Path) -> set[tuple[str, int]]:
-    """The slots (agent, number) that have a journal."""
+def left_behind(run_dir: Path) -> set[tuple[str, int]]:
+    """The slots (agent, number) whose journal names an event that was not settled."""
     found = set()
     for path in run_dir.glob("*.journal"):
-        if (match := re.fullmatch(r"(.+)\.(\d+)\.journal", path.name)) is not None:
+        match = re.fullmatch(r"(.+)\.(\d+)\.journal", path.name)
+        if match is not None and journal.read(path):
             found.add((match[1], int(match[2])))
     return found
 
 
-def forget(run_dir: Path, agent: str, slot: int) -> None:
-    """Removes the journal of a worker that ended and left nothing behind."""
-    with contextlib.suppress(FileNotFoundError):
-        journal_path(run_dir, agent, slot).unlink()
+def leaves_something(run_dir: Path, agent: str, slot: int) -> bool:
+    """Whether the worker that ended there had events that it did not settle; an empty journal is removed."""
+    path = run_dir / f"{agent}.{slot}.journal"
+    if journal.read(path):
+        return True
+    path.unlink(missing_ok=True)
+    return False

@@ -3,7 +3,6 @@
 Walk "an edit", after rollout: the fleet feeds what happened to a slot into `advance` and carries out the actions.
 
     starting -> ready -> draining -> ended
-        |         |          '-> ended (not clean: its journal is left for a successor)
         |         '-> backing-off -> starting ...   after several quick ends in a row: crash-loop -> starting ...
         '-> failed (the handler does not load) -> starting ...
 """
@@ -68,7 +67,6 @@ class Life:
     recovering: bool = False  # started only to take over a journal: drains as soon as it is ready
     reason: str = ""  # why it is not simply ready
     killed: str = ""  # why we have killed this process
-    clean: bool = False  # ended and left nothing behind
 
 
 class Action(StrEnum):
@@ -192,8 +190,8 @@ def _exited(life: Life, event: Exited, now: float, limits: Limits) -> Next:
     if life.state in WAITING:
         return life, ()
     if life.state is State.DRAINING or life.recovering:
-        clean = event.code == DRAINED
-        return Life(State.ENDED, now, restarts=life.restarts, clean=clean, reason="" if clean else str(event)), ()
+        reason = "" if event.code == DRAINED else life.killed or str(event)
+        return Life(State.ENDED, now, restarts=life.restarts, reason=reason), ()
     healthy = life.state is State.READY and now - life.since >= limits.restart.healthy_after
     ends = 1 if healthy else life.ends + 1
     reason = life.killed or str(event)
@@ -209,7 +207,7 @@ def _exited(life: Life, event: Exited, now: float, limits: Limits) -> Next:
 
 def _leave(life: Life, event: Leave, now: float, limits: Limits) -> Next:
     if life.state in WAITING:
-        return Life(State.ENDED, now, restarts=life.restarts, clean=life.ends == 0), ()
+        return Life(State.ENDED, now, restarts=life.restarts), ()
     until = now + (limits.drain if event.within is None else min(event.within, limits.drain)) + limits.grace
     if life.state is State.DRAINING:
         return replace(life, until=min(life.until, until)), (Action.DRAIN,) if until < life.until else ()

@@ -64,9 +64,6 @@ class Audience(Protocol):
     def changed(self, slot: Slot) -> None:
         """Its state or reason is another one."""
 
-    def said(self, level: str, agent: str, text: str) -> None:
-        """Something that a person should read."""
-
     def log(self, slot: Slot, line: bytes) -> None:
         """A line that its worker wrote."""
 
@@ -179,7 +176,7 @@ class Slot:
     def _start(self) -> None:
         post = self.post
         self.orphan, self._drained, self._exit, self.pid = False, False, None, None
-        self.trouble = self.load_error = None
+        self.trouble = None
         self._id, control, log = self._nursery.spawn(post.key, post.topology, post.agent, post.number, post.run_dir)
         number = self._id
         self._control = Lines(control, self._message, lambda: self._control_ended(number))
@@ -192,13 +189,12 @@ class Slot:
         event: process.Event = process.Beat()
         match message["type"]:
             case "ready":
-                event = process.Ready()
+                event, self.load_error = process.Ready(), None
             case "status":
                 self._status(message)
                 event = process.Beat(message["loop_age"])
             case "alarm":
                 self.alarms.append(message["message"])
-                self._audience.said("warning", self.post.agent, f"{self.post.name}: {message['message']}")
             case "paused":
                 self._audience.pause(self.post.agent, message["reason"])
             case "failed":
@@ -213,10 +209,7 @@ class Slot:
     def _status(self, message: dict[str, Any]) -> None:
         for each in fields(self.counts):
             setattr(self.counts, each.name, message[each.name])
-        before, self.trouble = self.trouble, message["trouble"]
-        if before != self.trouble:
-            level, text = ("warning", self.trouble) if self.trouble is not None else ("info", "consumes again")
-            self._audience.said(level, self.post.agent, f"{self.post.name}: {text}")
+        self.trouble = message["trouble"]
 
     def _control_ended(self, number: int) -> None:
         if number != self._id:
