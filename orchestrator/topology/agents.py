@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from orchestrator.topology import spec
+from orchestrator.topology.brokers import stand_in
 from orchestrator.topology.channels import Channels, derived
 from orchestrator.topology.diagnostics import Problems, listing, near
 from orchestrator.topology.document import Document
@@ -255,7 +256,7 @@ class Agents:
             readers.add(pattern, entry.name)
 
     def _group(self, entry: Entry[spec.AgentSpec], channel: Channel) -> str:
-        broker = self.brokers[channel.broker]
+        broker = self.brokers.get(channel.broker) or stand_in(channel.broker)
         group = entry.spec.group or derived(self.topology, broker, entry.name)
         at = entry.at("group") if entry.spec.group else entry.key
         if broker.kind == "nats" and any(c in group for c in ".*>/\\"):
@@ -327,7 +328,7 @@ class Agents:
         return out
 
     def _unrouted(self, pattern: str, at: Node) -> None:
-        if self.channels.doubtful:
+        if self.channels.doubtful(pattern):
             return
         every = {p: c.name for c in self.channels.found.values() for p in c.events if not c.external}
         external = [

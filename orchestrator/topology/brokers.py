@@ -78,20 +78,25 @@ def address(url: str) -> Address:
     return Address(scheme, tuple(hosts), password)
 
 
-def resolve_broker(entry: Entry[spec.BrokerSpec], secrets: list[str], problems: Problems) -> Broker | None:
-    """The broker, None when its URL is unusable. Credentials found in it are added to `secrets`."""
+def stand_in(name: str) -> Broker:
+    """For a broker that was reported as wrong: what else is said of its channels can still be checked."""
+    return Broker(name=name, url="", kind="unknown")
+
+
+def resolve_broker(entry: Entry[spec.BrokerSpec], secrets: list[str], problems: Problems) -> Broker:
+    """The broker; one that stands in for it when its URL is unusable. Credentials in it are added to `secrets`."""
     said = entry.spec
     if said.url is None:
         if not entry.given("url"):
             problems.error("missing-key", f"the broker `{entry.name}` has no `url`", entry.key, expected=_WANTED)
-        return None
+        return stand_in(entry.name)
     try:
         found = address(said.url)
     except ValueError as error:
         scheme = said.url.partition("://")[0]
         hint = near(scheme, [s for s in SCHEMES if s != "memory"]) if scheme not in SCHEMES else None
         problems.error("url", f"not a broker's URL: {error}", entry.at("url"), expected=_WANTED, suggestion=hint)
-        return None
+        return stand_in(entry.name)
     kind = SCHEMES[found.scheme]
     folder = entry.node.source.folder
     secrets += [s for s in (found.password,) if s]

@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from orchestrator.topology import spec
-from orchestrator.topology.brokers import EMBEDDED, resolve_broker
+from orchestrator.topology.brokers import EMBEDDED, resolve_broker, stand_in
 from orchestrator.topology.diagnostics import Problems, listing, near
 from orchestrator.topology.document import Document
 from orchestrator.topology.model import Broker, Channel, Mode, Overflow, Retention
+from orchestrator.topology.nodes import List, Scalar
 from orchestrator.topology.routing import Index, concrete, covers, minimal
 from orchestrator.topology.schemas import Schemas
 from orchestrator.topology.shape import Entry
@@ -23,24 +24,22 @@ _ADDRESS = {
 
 @dataclass(slots=True)
 class Channels:
-    """What agents are resolved against. `routes` holds own channels, `lost` patterns that were dropped as wrong."""
+    """What agents are resolved against. `routes` holds the patterns of own channels."""
 
     found: dict[str, Channel] = field(default_factory=dict)
     routes: Index[str] = field(default_factory=Index)
-    doubtful: bool = False  # some channel's events could not be read: an unrouted type may be theirs
+    doubts: set[str] = field(default_factory=set)  # first tokens of patterns that were dropped as wrong; "*" is all
+
+    def doubtful(self, pattern: str) -> bool:
+        """Whether `pattern` may be unrouted only because of an error that was reported."""
+        return "*" in self.doubts or pattern.split(".")[0] in self.doubts
 
 
 def resolve_brokers(document: Document, secrets: list[str], problems: Problems) -> dict[str, Broker]:
     """Every broker by name; one embedded NATS when the file names none."""
-    if "brokers" in document.unreadable or document.broken.get("brokers") or document.brokers:
-        out = {}
-        for name, entry in document.brokers.items():
-            broker = resolve_broker(entry, secrets, problems)
-            if broker is None:
-                document.broken["brokers"].add(name)
-            else:
-                out[name] = broker
-        return out
+    if document.brokers or document.broken.get("brokers") or "brokers" in document.unreadable:
+        out = {name: stand_in(name) for name in document.broken.get("brokers", ())}
+        return out | {n: resolve_broker(entry, secrets, problems) for n, entry in document.brokers.items()}
     return {EMBEDDED.name: EMBEDDED}
 
 
@@ -48,15 +47,13 @@ def resolve_channels(
     document: Document, topology: str, brokers: Mapping[str, Broker], schemas: Schemas, problems: Problems
 ) -> Channels:
     """Every channel whose broker is known, and the routing index."""
-    out = Channels(doubtful=bool(document.broken.get("channels")) or "channels" in document.unreadable)
+    out = Channels()
+    if document.broken.get("channels") or "channels" in document.unreadable:
+        out.doubts.add("*")
     defaults = document.channel_defaults
     for name, entry in document.channels.items():
-        out.doubtful = out.doubtful or "events" in entry.dropped
+        out.doubts |= _doubts(entry)
         broker = _broker(entry, defaults, document, brokers, problems)
-        if broker is None:
-            document.broken["channels"].add(name)
-            out.doubtful = True
-            continue
         channel = _channel(entry, defaults, topology, broker, schemas, problems)
         out.found[name] = channel
         if not channel.external:
@@ -64,6 +61,16 @@ def resolve_channels(
                 _route(out, pattern, entry, document, problems)
     _addresses(out.found, document, problems)
     return out
+
+
+def _doubts(entry: Entry[spec.ChannelSpec]) -> set[str]:
+    if "events" not in entry.dropped:
+        return set()
+    said = entry.whole.get("events")
+    items = said.items if isinstance(said, List) else []
+    good = set(entry.spec.events or ())
+    texts = [item.text if isinstance(item, Scalar) else "*" for item in items]
+    return {text.split(".")[0] for text in texts if text not in good} or {"*"}
 
 
 def _route(out: Channels, pattern: str, entry: Entry[spec.ChannelSpec], document: Document, problems: Problems) -> None:
@@ -94,34 +101,24 @@ def _broker(
     document: Document,
     brokers: Mapping[str, Broker],
     problems: Problems,
-) -> Broker | None:
+) -> Broker:
     said, at = entry.spec.broker, entry.at("broker")
-    if said is None and "broker" in entry.dropped:
-        return None
-    if said is None and defaults is not None:
-        if "broker" in defaults.dropped:
-            return None
-        said, at = defaults.spec.broker, defaults.at("broker")
-    if said is not None:
-        if said in brokers:
-            return brokers[said]
-        if not document.excused("brokers", said):
-            document.broken["brokers"].add(said)  # said once is enough
-            every = [*document.brokers, *(b for b in brokers if b not in document.brokers)]
-            problems.error(
-                "unknown-broker",
-                f"there is no broker `{said}`",
-                at,
-                expected=listing(every) or "a name from `brokers:`",
-                suggestion=near(said, every),
-            )
-        return None
-    if len(brokers) == 1 and len(document.brokers) <= 1:
+    lost = "broker" in entry.dropped
+    if said is None and not lost and defaults is not None:
+        said, at, lost = defaults.spec.broker, defaults.at("broker"), "broker" in defaults.dropped
+    if said is not None and said in brokers:
+        return brokers[said]
+    if said is not None and not document.excused("brokers", said):
+        document.broken.setdefault("brokers", set()).add(said)  # once is enough
+        hint = near(said, brokers)
+        problems.error("unknown-broker", f"there is no broker `{said}`", at, expected=listing(brokers), suggestion=hint)
+    if said is None and len(brokers) == 1:
         return next(iter(brokers.values()))
-    if not brokers:
-        return None  # each was reported
-    problems.error("missing-key", f"the channel `{entry.name}` has no `broker`", entry.key, expected=listing(brokers))
-    return None
+    if said is None and not lost and "brokers" not in document.unreadable:
+        problems.error(
+            "missing-key", f"the channel `{entry.name}` has no `broker`", entry.key, expected=listing(brokers)
+        )
+    return stand_in(said or "")
 
 
 def _channel(

@@ -66,6 +66,7 @@ class Entry(Generic[S]):
     key: Scalar
     node: Map
     spec: S
+    whole: Map  # as it stands in the file; `node` is what was good of it
     dropped: set[str] = field(default_factory=set)
 
     def at(self, *path: str | int) -> Node:
@@ -93,7 +94,7 @@ def check(model: type[S], name: str, key: Scalar, node: Map, problems: Problems)
     tree = _copy(node, dropped)
     while True:
         try:
-            return Entry(name, key, tree, model.model_validate(plain(tree)), dropped)
+            return Entry(name, key, tree, model.model_validate(plain(tree)), node, dropped)
         except ValidationError as error:
             for fault in [_locate(model, tree, key, f) for f in error.errors(include_url=False)]:
                 _report(fault, problems)
