@@ -14,8 +14,8 @@ from rich.table import Table
 
 from benchmarks import figures
 from benchmarks.contenders import Round
-from benchmarks.servers import server
 from benchmarks.workload import inputs
+from tests.servers.fresh import fresh_server
 
 NAMES = {"ours": "orchestrator", "hand": "hand-written loop", "fs": "FastStream"}
 
@@ -74,10 +74,10 @@ def main() -> None:
     parser.add_argument("--no-figures", action="store_true", help="leave out latency, start-up and memory")
     args = parser.parse_args()
     console = Console(width=110)
-    with scratch() as folder, server(args.broker, folder / "server") as url:
-        compare(console, args.broker, url, folder, args)
+    with scratch() as folder, fresh_server(args.broker, fast=True) as server:
+        compare(console, args.broker, server.url, folder, args)
         if not args.no_figures:
-            figures.show(console, args.broker, url, folder)
+            figures.show(console, args.broker, server.url, folder)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from typing import Any
 import psutil
 
 from orchestrator import Client
+from tests.servers.fresh import fresh_server
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -218,7 +219,6 @@ class Chaos:
 
 
 def main() -> int:
-    from tests.faults.servers import fresh_server
 
     parser = argparse.ArgumentParser(prog="python -m tests.faults.chaos", description=__doc__)
     parser.add_argument("--broker", choices=["nats", "kafka", "redis"], default="nats")
@@ -229,7 +229,7 @@ def main() -> int:
     args = parser.parse_args()
     with (
         tempfile.TemporaryDirectory(prefix="chaos-") as name,
-        fresh_server(args.broker, Path(name) / "server") as server,
+        fresh_server(args.broker) as server,
     ):
         folder = Path(name) / "run"
         folder.mkdir()
