@@ -33,8 +33,8 @@ def lint(
 ) -> None:
     """Adds a warning for each finding."""
     flow = Flow.of(topology)
+    _publishers(topology, flow, document, problems)
     for agent in topology.agents.values():
-        _publishers(agent, flow, document, problems)
         if not agent.subscriptions and not agent.external:
             at = document.at("agents", agent.name)
             problems.warning("idle-agent", f"`{agent.name}` reads nothing, so it never runs", at)
@@ -54,18 +54,37 @@ class Flow:
 
     readers: dict[str, Index[Subscription]]
     publishers: dict[str, Index[str]]
+    after: dict[object, list[object]]  # agent -> (channel, type) -> agents that read it
 
     @classmethod
     def of(cls, topology: Topology) -> Flow:
         """The flow of a whole topology."""
-        flow = cls({c: Index() for c in topology.channels}, {c: Index() for c in topology.channels})
+        flow = cls({c: Index() for c in topology.channels}, {c: Index() for c in topology.channels}, {})
         for agent in topology.agents.values():
             for subscription in agent.subscriptions:
                 for pattern in subscription.events:
                     flow.readers[subscription.channel].add(pattern, subscription)
             for publication in agent.publish:
                 flow.publishers[publication.channel].add(publication.event_type, agent.name)
+        for agent in topology.agents.values():
+            types = [(p.channel, p.event_type) for p in agent.publish]
+            flow.after[agent.name] = list(types)
+            for channel, pattern in types:
+                if (channel, pattern) not in flow.after:
+                    found = flow.readers[channel].overlapping(pattern)
+                    flow.after[(channel, pattern)] = [subscription.agent for _, subscription in found]
         return flow
+
+    def reached(self, entries: list[str]) -> set[object]:
+        """What the events of `entries` lead to, without the entries themselves."""
+        seen: set[object] = set(entries)
+        waiting: list[object] = list(entries)
+        while waiting:
+            for following in self.after[waiting.pop()]:
+                if following not in seen:
+                    seen.add(following)
+                    waiting.append(following)
+        return seen.difference(entries)
 
     def orphans(self, channel: str) -> list[str]:
         """Concrete types that agents publish there and nobody reads: the likely twins of a misspelt one."""
@@ -73,23 +92,25 @@ class Flow:
         return [p for p in published if not self.readers[channel].overlapping(p)]
 
 
-def _publishers(agent: Agent, flow: Flow, document: Document, problems: Problems) -> None:
-    """An agent that reads only what no agent publishes is fed from outside. One that also reads what agents publish
-    probably waits in vain for the rest; so does one whose type is nearly that of an event which nobody reads."""
-    unfed: list[tuple[str, str]] = []
-    fed = False
-    for subscription in agent.subscriptions:
-        for pattern in subscription.events:
-            if flow.publishers[subscription.channel].overlapping(pattern):
-                fed = True
-            elif concrete(pattern):
-                unfed.append((subscription.channel, pattern))
-    for channel, pattern in unfed:
-        hint = near(pattern, flow.orphans(channel))
-        if fed or hint:
-            at = _reading(agent, document, pattern)
-            message = f"no agent publishes `{pattern}`, which `{agent.name}` reads"
-            problems.warning("no-publisher", message, at, suggestion=hint)
+def _publishers(topology: Topology, flow: Flow, document: Document, problems: Problems) -> None:
+    """Where events come in, a type without a publisher is meant. Behind that, an agent that waits for such a type
+    probably waits in vain; so does one whose type is nearly that of an event which nobody reads."""
+    unfed: dict[str, list[tuple[str, str]]] = {}
+    entries = []
+    for agent in topology.agents.values():
+        patterns = [(s.channel, p) for s in agent.subscriptions for p in s.events]
+        lacking = [(c, p) for c, p in patterns if not flow.publishers[c].overlapping(p)]
+        unfed[agent.name] = [(c, p) for c, p in lacking if concrete(p)]
+        if len(lacking) == len(patterns):
+            entries.append(agent.name)
+    behind = flow.reached(entries)
+    for name, missing in unfed.items():
+        for channel, pattern in missing:
+            hint = near(pattern, flow.orphans(channel))
+            if hint or name in behind:
+                at = _reading(topology.agents[name], document, pattern)
+                message = f"no agent publishes `{pattern}`, which `{name}` reads"
+                problems.warning("no-publisher", message, at, suggestion=hint)
 
 
 def _reading(agent: Agent, document: Document, pattern: str) -> Node:
@@ -126,29 +147,30 @@ def _unsupported(channel: Channel, document: Document, can: Abilities) -> Iterat
 
 def _loops(topology: Topology, flow: Flow, document: Document, problems: Problems) -> None:
     """A circle of agents that nothing ever leaves: each one's every event is read inside it."""
-    for circle in _circles(topology, flow):
+    for circle in _circles(topology, flow.after):
         inside = set(circle)
-        if len(inside) > 1 and all(_stays(topology.agents[name], inside, flow) for name in inside):
+        if len(inside) > 1 and all(_stays(topology.agents[name], inside, topology, flow) for name in inside):
             names = [name for name in topology.agents if name in inside]
             at = document.at("agents", names[0], "publish")
             shown = " → ".join([*names[:8], *(["…"] if len(names) > 8 else [names[0]])])
             problems.warning("endless-loop", f"nothing ever leaves the circle {shown}", at)
 
 
-def _stays(agent: Agent, inside: set[str], flow: Flow) -> bool:
+def _stays(agent: Agent, inside: set[str], topology: Topology, flow: Flow) -> bool:
+    """Whether each of its events goes on inside the circle: not through a filter, and to nobody outside who could
+    carry it on (somebody who only watches changes nothing)."""
     for publication in agent.publish:
-        readers = flow.readers[publication.channel].overlapping(publication.event_type)
-        if not any(s.agent in inside and s.agent != agent.name for _, s in readers):
+        readers = [s for _, s in flow.readers[publication.channel].overlapping(publication.event_type)]
+        goes_on = any(s.agent in inside and s.agent != agent.name and not s.filter for s in readers)
+        leaves = any(s.agent not in inside and topology.agents[s.agent].publish for s in readers)
+        if leaves or not goes_on:
             return False
     return True
 
 
-def _circles(topology: Topology, flow: Flow) -> list[list[str]]:
+def _circles(topology: Topology, after: dict[object, list[object]]) -> list[list[str]]:
     """Strongly connected agents, by an iterative form of Tarjan's algorithm. Event types are nodes of the graph too,
     so that a thousand readers of one type are a thousand edges and not a million."""
-    types = {(p.channel, p.event_type) for a in topology.agents.values() for p in a.publish}
-    after: dict[object, list[object]] = {t: [s.agent for _, s in flow.readers[t[0]].overlapping(t[1])] for t in types}
-    after.update({a.name: [(p.channel, p.event_type) for p in a.publish] for a in topology.agents.values()})
     number: dict[object, int] = {}
     low: dict[object, int] = {}
     path: list[object] = []
