@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.servers import nats, redis
+from tests.servers import kafka, nats, redis
 
 
 def missing(what: str) -> None:
@@ -39,3 +39,15 @@ def redis_server() -> Iterator[redis.RedisServer]:
     server = redis.RedisServer().start()
     yield server
     server.close()
+
+
+@pytest.fixture(scope="session")
+def kafka_server() -> Iterator[kafka.KafkaServer]:
+    """Shared: a test that stops or freezes it lets it run again before it ends."""
+    try:
+        server = kafka.KafkaServer()
+        server.start()
+    except kafka.Unavailable as reason:
+        missing(f"Kafka ({reason})")
+    yield server
+    server.stop()

@@ -1,0 +1,305 @@
+"""What every Kafka client of ours shares: configuration, names, headers, errors; and the confirmed producer.
+
+Clients and threads are made when a connection is opened, never at import: they do not survive a fork.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import threading
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from confluent_kafka import Consumer as RawConsumer
+from confluent_kafka import KafkaError, KafkaException, Message, admin
+from confluent_kafka import Producer as RawProducer
+
+from orchestrator.brokers.base import Done, Outgoing, Producer
+from orchestrator.errors import BrokerError, BrokerUnavailable, OrchestratorError, PublishRejected, ResourceMissing
+from orchestrator.topology.model import Broker, Subscription, Topology
+
+#: Headers of ours that a handler never sees.
+EVENT_ID, HISTORY, DUE, ORIGIN, STORED = "orc-id", "orc-history", "orc-due", "orc-origin", "orc-stored"
+MECHANICS = frozenset((EVENT_ID, HISTORY, DUE, ORIGIN, STORED))
+#: Unconfirmed messages beyond which a publisher should wait.
+CROWD = 4096
+
+Headers = list[tuple[str, str | bytes | None]]
+
+#: confluent_kafka.admin is typed, but keeps most of its names from type checkers.
+admin_api: Any = admin
+
+_CALLBACKS = ("error_cb", "on_commit")
+_CONSUMER_ONLY = re.compile(r"^(session|heartbeat|max\.poll|fetch|group|queued|auto|isolation|partition)\.")
+_PRODUCER_ONLY = re.compile(r"^(acks|linger\.|batch\.|compression|message\.timeout|queue\.buffering|transaction)")
+_GONE = (KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC, KafkaError._UNKNOWN_PARTITION)
+_REFUSED = (
+    KafkaError.INVALID_RECORD,
+    KafkaError.TOPIC_AUTHORIZATION_FAILED,
+    KafkaError.CLUSTER_AUTHORIZATION_FAILED,
+    KafkaError.POLICY_VIOLATION,
+    KafkaError.INVALID_TIMESTAMP,
+    KafkaError.RECORD_LIST_TOO_LARGE,
+)
+TOO_LARGE = (KafkaError.MSG_SIZE_TOO_LARGE, KafkaError.INVALID_MSG_SIZE)
+
+log = logging.getLogger("orchestrator.kafka")
+
+
+# --- names ----------------------------------------------------------------------------------------------------
+
+
+def retry_topic(subscription: Subscription) -> str:
+    """Where the events of one subscription wait for their retry."""
+    return re.sub(r"[^a-zA-Z0-9._-]", "_", f"{subscription.group}.retry.{subscription.channel}")[:249]
+
+
+def reply_topic(topology: Topology, broker: Broker) -> str:
+    return f"{broker.prefix}{topology.name}-replies"
+
+
+def registry_topic(broker: Broker) -> str:
+    """Who owns what; shared by the topologies of one prefix."""
+    return f"{broker.prefix}orchestrator-registry"
+
+
+# --- configuration --------------------------------------------------------------------------------------------
+
+
+def configuration(broker: Broker, name: str) -> dict[str, Any]:
+    """What all clients of `broker` need. Raises OrchestratorError for what cannot be."""
+    config: dict[str, Any] = {
+        "bootstrap.servers": address(broker),
+        "client.id": name,
+        "logger": log,
+        "socket.timeout.ms": 10_000,
+        "socket.connection.setup.timeout.ms": 5_000,
+        "reconnect.backoff.ms": 50,
+        "reconnect.backoff.max.ms": 1_000,
+        "topic.metadata.refresh.interval.ms": 5_000,
+        "topic.metadata.propagation.max.ms": 3_000,
+    }
+    if broker.auth is not None:
+        if broker.auth.mechanism not in ("plain", "scram-sha-256", "scram-sha-512"):
+            raise OrchestratorError(
+                f"Kafka has no auth mechanism {broker.auth.mechanism!r}",
+                hint="use plain, scram-sha-256 or scram-sha-512",
+            )
+        config["sasl.mechanism"] = broker.auth.mechanism.upper()
+        config["sasl.username"] = broker.auth.username or ""
+        config["sasl.password"] = broker.auth.password or ""
+    if broker.tls is not None:
+        files = {"ssl.ca": broker.tls.ca, "ssl.certificate": broker.tls.cert, "ssl.key": broker.tls.key}
+        config |= {f"{key}.location": path for key, path in files.items() if path}
+    secured = ("SASL_" if broker.auth else "") + ("SSL" if broker.tls else "PLAINTEXT")
+    return config | {"security.protocol": secured} | dict(broker.client)
+
+
+def address(broker: Broker) -> str:
+    """host:port,… without credentials."""
+    return broker.url.partition("://")[2].rpartition("@")[2].split("/")[0]
+
+
+def for_producer(config: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+    """Idempotent, confirmed by all replicas, kept until confirmed, and partitioned as Java clients do."""
+    ours = {
+        "enable.idempotence": True,
+        "acks": "all",
+        "linger.ms": 0,
+        "message.timeout.ms": 0,
+        "message.max.bytes": 64 << 20,  # the broker decides what is too large
+        "partitioner": "murmur2_random",
+        "retry.backoff.ms": 50,
+    }
+    given = {key: value for key, value in config.items() if not _CONSUMER_ONLY.match(key)}
+    return ours | given | {k if k in _CALLBACKS else k.replace("_", "."): v for k, v in more.items()}
+
+
+def for_consumer(config: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+    """Commits nothing by itself, jumps nowhere by itself, sees only what is committed."""
+    ours = {
+        "enable.auto.commit": False,
+        "enable.auto.offset.store": False,
+        "auto.offset.reset": "error",
+        "isolation.level": "read_committed",
+        "enable.partition.eof": True,
+        "fetch.wait.max.ms": 500,
+        "fetch.error.backoff.ms": 50,
+        "fetch.queue.backoff.ms": 10,
+    }
+    given = {key: value for key, value in config.items() if not _PRODUCER_ONLY.match(key)}
+    return ours | given | {k if k in _CALLBACKS else k.replace("_", "."): v for k, v in more.items()}
+
+
+def for_admin(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in config.items() if not _CONSUMER_ONLY.match(k) and not _PRODUCER_ONLY.match(k)}
+
+
+def fetch(reader: RawConsumer, count: int, timeout: float) -> list[Message]:
+    """Up to `count` messages as soon as there is one; consume() by itself would wait until all are there."""
+    first = reader.poll(timeout)
+    return [] if first is None else [first, *reader.consume(count, 0)]
+
+
+# --- headers and errors ---------------------------------------------------------------------------------------
+
+
+def headers_of(message: Outgoing) -> Headers:
+    """The wire headers of the contract, then the message's own (a dead letter keeps its originals)."""
+    named = {
+        "event-type": message.event_type,
+        "source-agent": message.source_agent,
+        "correlation-id": message.correlation_id,
+        EVENT_ID: message.message_id,
+    }
+    named.update(message.headers)
+    return [(key, value.encode("utf-8", "surrogateescape")) for key, value in named.items()]
+
+
+def readable(headers: Sequence[tuple[str, Any]] | Any) -> dict[str, str]:
+    """Headers as text; bytes that are not UTF-8 are surrogate-escaped."""
+    return {k: v.decode("utf-8", "surrogateescape") if isinstance(v, bytes) else v or "" for k, v in headers or ()}
+
+
+def require_safe(message: Outgoing) -> None:
+    """Raises PublishRejected for header names that would be cut short on the wire, and for a delay."""
+    if message.delay > 0:
+        raise PublishRejected(
+            "Kafka cannot hold an event back until later", hint="publish it when it is due, or use NATS or Redis"
+        )
+    for name in message.headers:
+        if not name or "\0" in name or name in MECHANICS:
+            raise PublishRejected(f"the header name {name!r} cannot be sent", hint="rename the header")
+
+
+def error_of(error: BaseException) -> KafkaError | None:
+    return error.args[0] if isinstance(error, KafkaException) and isinstance(error.args[0], KafkaError) else None
+
+
+def translate(error: KafkaError | BaseException, what: str) -> BrokerError:
+    """The same failure in our own tree."""
+    if isinstance(error, BrokerError):
+        return error
+    found = error if isinstance(error, KafkaError) else error_of(error)
+    if found is None:
+        return BrokerError(f"{what}: {error}")
+    code, text = found.code(), f"{what}: {found.str()}"
+    if code in TOO_LARGE:
+        return PublishRejected(text, hint="make the payload smaller, or raise the topic's max.message.bytes")
+    if code in _REFUSED:
+        return PublishRejected(text, hint="ask the broker's administrator for write access to the topic")
+    if code in _GONE:
+        return ResourceMissing(text, hint="run `orchestrator apply`")
+    if code in (KafkaError.SASL_AUTHENTICATION_FAILED, KafkaError._AUTHENTICATION):
+        return BrokerUnavailable(text, hint="check the broker's auth: in the topology")
+    return BrokerUnavailable(text, hint="is the broker running and reachable?")
+
+
+# --- publishing -----------------------------------------------------------------------------------------------
+
+
+class KafkaProducer(Producer):
+    """One idempotent producer for the process. Its own thread polls; reports reach the loop in bursts."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self._config = for_producer(config)
+        self._loop = asyncio.get_running_loop()
+        self._raw = RawProducer(self._config)
+        self._pending: dict[int, tuple[str, Outgoing, Done]] = {}
+        self._reports: deque[tuple[RawProducer, int, KafkaError | None]] = deque()
+        self._woken = False
+        self._number = 0
+        self._room = asyncio.Event()
+        self._closing = False
+        self._thread = threading.Thread(target=self._poll, name="kafka-producer", daemon=True)
+        self._thread.start()
+
+    def send(self, message: Outgoing, done: Done) -> None:
+        require_safe(message)
+        self.send_to(message.channel.address, message, done)
+
+    def reply(self, address: str, message: Outgoing, done: Done) -> None:
+        require_safe(message)
+        topic, _, inbox = address.partition("/")
+        message.key = inbox
+        self.send_to(topic, message, done)
+
+    @property
+    def ready(self) -> bool:
+        return len(self._pending) < CROWD
+
+    async def wait_ready(self) -> None:
+        while not self.ready:
+            self._room.clear()
+            await self._room.wait()
+
+    def send_to(self, topic: str, message: Outgoing, done: Done) -> None:
+        """As send(), to a topic of ours that is no channel."""
+        if self._closing:
+            done(BrokerUnavailable("the connection is closed"))
+            return
+        self._number += 1
+        self._pending[self._number] = (topic, message, done)
+        self._produce(self._number, topic, message)
+
+    def _produce(self, number: int, topic: str, message: Outgoing) -> None:
+        raw = self._raw
+
+        def report(error: KafkaError | None, _: Message) -> None:
+            self._report(raw, number, error)
+
+        try:
+            raw.produce(topic, message.body, message.key or None, on_delivery=report, headers=headers_of(message))
+        except KafkaException as error:
+            self._report(raw, number, error_of(error))
+        except BufferError:
+            self._report(raw, number, KafkaError(KafkaError._QUEUE_FULL))
+
+    def _report(self, raw: RawProducer, number: int, error: KafkaError | None) -> None:
+        """Called in either thread."""
+        self._reports.append((raw, number, error))
+        if not self._woken:
+            self._woken = True
+            self._loop.call_soon_threadsafe(self._settle)
+
+    def _settle(self) -> None:
+        self._woken = False
+        while self._reports:
+            raw, number, error = self._reports.popleft()
+            if raw is not self._raw:
+                continue  # renewed meanwhile: it was sent again
+            if error is not None and error.fatal() and not self._closing:
+                self._renew()
+                continue
+            entry = self._pending.pop(number, None)
+            if entry is not None:
+                entry[2](None if error is None else translate(error, f"publishing to {entry[0]}"))
+        if self.ready:
+            self._room.set()
+
+    def _renew(self) -> None:
+        """An idempotent producer that has lost its sequence never recovers: a new one sends what is unconfirmed."""
+        log.warning("the producer is renewed; %d unconfirmed messages are sent again", len(self._pending))
+        old, self._raw = self._raw, RawProducer(self._config)
+        old.purge(blocking=False)
+        for number, (topic, message, _) in list(self._pending.items()):
+            self._produce(number, topic, message)
+
+    def _poll(self) -> None:
+        while not self._closing:
+            self._raw.poll(0.1)
+
+    async def close(self) -> None:
+        """Gives what is queued a few seconds; what is left is reported as unavailable."""
+        deadline = self._loop.time() + 5
+        while self._pending and self._loop.time() < deadline:
+            await asyncio.sleep(0.01)
+        self._closing = True
+        await asyncio.to_thread(self._thread.join)
+        self._raw.purge(blocking=False)
+        for topic, _, done in self._pending.values():
+            done(BrokerUnavailable(f"closed before {topic} confirmed", hint="is the broker running and reachable?"))
+        self._pending.clear()

@@ -1,0 +1,182 @@
+"""The loop's side of a Kafka consumer: demand, settling, recovery. The thread that owns the client is in reader.py."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Protocol
+
+from orchestrator.brokers.base import Consumer, Delivery, Done, Ended, History, Left, Outgoing, Sink
+from orchestrator.brokers.kafka.client import KafkaProducer, require_safe
+from orchestrator.brokers.kafka.reader import KafkaDelivery, Reader, Settings, settle
+from orchestrator.errors import BrokerError, BrokerUnavailable, PublishRejected
+from orchestrator.topology.model import Subscription
+
+#: Seconds until the partitions of a vanished consumer, and a transaction that it left open, are given up.
+LEASE = 6.0
+#: How long `recover` waits to be given its partitions; a group that is being rebalanced takes a few seconds.
+_ASSIGNMENT = 15.0
+
+
+class Healer(Protocol):
+    """What a consumer needs of its connection."""
+
+    def shared_producer(self) -> KafkaProducer: ...
+
+    async def restore(self, subscription: Subscription) -> str:
+        """Makes again what was deleted from outside; returns what that was, "" for nothing."""
+
+    def ended(self, consumer: KafkaConsumer) -> None: ...
+
+
+class KafkaConsumer(Consumer):
+    def __init__(self, settings: Settings, healer: Healer, subscription: Subscription) -> None:
+        self._subscription = subscription
+        self._settings = settings
+        self._healer = healer
+        self._producer = healer.shared_producer()
+        self._reader: Reader | None = None
+        self._healing: asyncio.Task[None] | None = None
+
+    async def open(self, sink: Sink) -> None:
+        self._sink = sink
+        self._loop = asyncio.get_running_loop()
+        self._assigned = asyncio.Event()
+        opened: asyncio.Future[None] = self._loop.create_future()
+        self._reader = Reader(self._settings, self._loop, self, opened)
+        self._reader.start()
+        await opened
+
+    def demand(self, free: int) -> None:
+        self._thread.demand(free)
+
+    def settle(self, delivery: Delivery, outputs: Sequence[Outgoing], done: Done) -> None:
+        assert isinstance(delivery, KafkaDelivery)
+        try:
+            for output in outputs:
+                require_safe(output)
+        except PublishRejected as error:
+            done(error)
+            return
+        if any(output.channel.dead_letters for output in outputs):
+            self._thread.call(self._thread.move, delivery, list(outputs), done)
+            return
+        finish = partial(self._thread.call, self._thread.finish, delivery, done)
+        if not outputs:
+            finish()
+            return
+        waiting = len(outputs)
+        failed: BaseException | None = None
+
+        def confirmed(error: BaseException | None) -> None:
+            nonlocal waiting, failed
+            waiting -= 1
+            failed = failed or error
+            if waiting == 0:
+                if failed is None:
+                    finish()
+                else:
+                    done(failed)
+
+        for output in outputs:
+            self._producer.send(output, confirmed)
+
+    def retry(self, delivery: Delivery, history: History, delay: float, done: Done) -> None:
+        assert isinstance(delivery, KafkaDelivery)
+        self._thread.call(self._thread.postpone, delivery, history, delay, done)
+
+    def mark(self, delivery: Delivery, history: History, done: Done) -> None:
+        assert isinstance(delivery, KafkaDelivery)
+        self._thread.call(self._thread.remember, delivery.place, history, done)
+
+    def release(self, deliveries: Sequence[Delivery]) -> None:
+        self._thread.call(self._thread.release, [d for d in deliveries if isinstance(d, KafkaDelivery)])
+
+    async def recover(self, left: Sequence[Left]) -> None:
+        try:
+            await asyncio.wait_for(self._assigned.wait(), _ASSIGNMENT)
+        except TimeoutError:
+            return  # nothing is ours now; who has it suspects an unclean end by itself
+        bases = await self._ask(self._thread.bases, [json.loads(one.token) for one in left])
+        stored = []
+        for one, (place, base) in zip(left, bases, strict=True):
+            if base is not None and one.ended is not Ended.RETURNED:
+                history = self._sink.on_crash(base, one.ended)
+                future: asyncio.Future[None] = self._loop.create_future()
+                self._thread.call(self._thread.remember, place, history, partial(settle, future))
+                stored.append(future)
+        await asyncio.gather(*stored)
+        await self._ask(self._thread.trust_journal)
+
+    def keep_alive(self) -> None:
+        """Nothing to do: the client's own threads keep the membership, and ours polls whatever the loop does."""
+
+    async def drain(self) -> None:
+        await self._ask(self._thread.drain)
+
+    async def close(self) -> None:
+        if self._healing is not None:
+            self._healing.cancel()
+        if self._reader is not None:
+            self._reader.stop()
+            await asyncio.to_thread(self._reader.join)
+            await asyncio.sleep(0)  # what the thread posted last
+        self._healer.ended(self)
+
+    # --- called by the reader, in the loop --------------------------------------------------------------------
+
+    def finished(self, dones: Sequence[tuple[Done, BaseException | None]]) -> None:
+        for done, error in dones:
+            done(error)
+
+    def deliver(self, deliveries: Sequence[KafkaDelivery]) -> None:
+        self._thread.landed(len(deliveries))
+        self._sink.deliver(deliveries)
+
+    def revoked(self, deliveries: Sequence[KafkaDelivery]) -> None:
+        self._sink.revoked(deliveries)
+
+    def trouble(self, reason: str | None) -> None:
+        self._sink.trouble(reason)
+
+    def alarm(self, message: str) -> None:
+        self._sink.alarm(message)
+
+    def assigned(self) -> None:
+        self._assigned.set()
+
+    def heal(self) -> None:
+        """A topic of ours is gone."""
+        if self._healing is None or self._healing.done():
+            self._healing = self._loop.create_task(self._heal())
+
+    async def _heal(self) -> None:
+        try:
+            made = await self._healer.restore(self._subscription)
+        except BrokerError as error:
+            self._sink.trouble(f"cannot be healed: {error}")
+            return
+        if made:
+            self._sink.alarm(f"{made} was deleted from outside and is made again; what it held is lost")
+        self._thread.call(self._thread.forget_missing)
+
+    # ----------------------------------------------------------------------------------------------------------
+
+    @property
+    def _thread(self) -> Reader:
+        if self._reader is None:
+            raise BrokerUnavailable("the consumer is not open", hint="await open() first")
+        return self._reader
+
+    async def _ask(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Runs `function` in the reader's thread and returns what it returns."""
+        future: asyncio.Future[Any] = self._loop.create_future()
+
+        def run() -> None:
+            result = function(*arguments)
+            self._thread.post(lambda: None if future.done() else future.set_result(result))
+
+        self._thread.call(run)
+        return await future

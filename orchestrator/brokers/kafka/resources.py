@@ -1,0 +1,418 @@
+"""Topics, groups and who owns them (walk "apply": observe, create, update, delete on Kafka).
+
+Kafka refuses labels on topics, so ownership lies in a compacted registry topic: resource name -> owner and topic id.
+An entry is written before its topic is made, without the id: an apply that is killed between the two finds its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from datetime import datetime
+from typing import Any
+
+from confluent_kafka import (
+    OFFSET_BEGINNING,
+    ConsumerGroupTopicPartitions,
+    KafkaError,
+    KafkaException,
+    TopicCollection,
+    TopicPartition,
+)
+from confluent_kafka import Consumer as RawConsumer
+from confluent_kafka import Producer as RawProducer
+from confluent_kafka.admin import AdminClient
+
+from orchestrator.brokers.base import Desired, Observed, ResourceId, Setting, Start
+from orchestrator.brokers.kafka import client
+from orchestrator.errors import BrokerUnavailable, RefusedError, ResourceMissing
+from orchestrator.topology.model import digest
+
+api = client.admin_api
+
+_SHAPE = ("num_partitions", "replication_factor")
+_PATIENCE = 10.0
+
+
+class Registry:
+    """The compacted topic of ownership, read whole and kept up to date. Blocking: called in threads."""
+
+    def __init__(self, config: Mapping[str, Any], topic: str) -> None:
+        self._config, self._topic = config, topic
+        self._lock = threading.Lock()
+        self._entries: dict[str, dict[str, Any]] = {}
+        self._at = 0
+        self._reader: RawConsumer | None = None
+        self._writer: RawProducer | None = None
+
+    def read(self) -> dict[str, dict[str, Any]]:
+        """Everything that is registered now; nothing when the registry was never made."""
+        with self._lock:
+            place = TopicPartition(self._topic, 0)
+            if self._reader is None:
+                self._reader = RawConsumer(
+                    client.for_consumer(self._config, group_id="orchestrator", fetch_wait_max_ms=10)
+                )
+                self._reader.assign([TopicPartition(self._topic, 0, OFFSET_BEGINNING)])
+            try:
+                _, end = self._reader.get_watermark_offsets(place, timeout=_PATIENCE)
+            except KafkaException as error:
+                if isinstance(client.translate(error, ""), ResourceMissing):
+                    return {}
+                raise
+            while self._at < end:
+                for message in client.fetch(self._reader, 500, 0.5):
+                    self._at = max(self._at, (message.offset() or 0) + (message.error() is None))
+                    if message.error() is None and (key := message.key()) is not None:
+                        if (value := message.value()) is None:
+                            self._entries.pop(key.decode(), None)
+                        else:
+                            self._entries[key.decode()] = json.loads(value)
+            return dict(self._entries)
+
+    def write(self, key: str, entry: Mapping[str, Any] | None) -> None:
+        reports: list[KafkaError | None] = []
+        value = None if entry is None else json.dumps(entry).encode()
+        with self._lock:
+            if self._writer is None:
+                # An idempotent producer would take half a second to begin; one write at a time needs none.
+                self._writer = RawProducer(client.for_producer(self._config, enable_idempotence=False))
+            self._writer.produce(self._topic, value, key, on_delivery=lambda error, _: reports.append(error))
+            self._writer.flush(_PATIENCE)
+        if not reports:
+            raise BrokerUnavailable("the registry of owners does not answer", hint="is the broker in good health?")
+        if (error := reports[0]) is not None:
+            raise client.translate(error, "registering an owner")
+
+    def close(self) -> None:
+        with self._lock:
+            if self._reader is not None:
+                self._reader.close()
+            self._reader = self._writer = None
+
+
+Bounds = dict[tuple[str, int], tuple[int, int]]
+
+
+class Resources:
+    """What one topology owns on one cluster."""
+
+    def __init__(self, admin: AdminClient, registry: Registry, registry_name: str, owner: str, broker: str) -> None:
+        self.admin, self.registry = admin, registry
+        self._registry_name, self._owner, self._broker = registry_name, owner, broker
+
+    # --- observe ----------------------------------------------------------------------------------------------
+
+    async def observe(self, desired: Sequence[Desired]) -> list[Observed]:
+        entries = await asyncio.to_thread(self.registry.read)
+        mine = {key for key, entry in entries.items() if entry.get("owner") == self._owner}
+        managed = {_key(d.id): d.settings for d in desired}
+        return await self._look(sorted(mine | managed.keys()), entries, managed)
+
+    async def _look(
+        self,
+        keys: Sequence[str],
+        entries: Mapping[str, Mapping[str, Any]],
+        managed: Mapping[str, Mapping[str, Setting]],
+    ) -> list[Observed]:
+        """What exists of `keys`; of topics the settings in `managed`."""
+        topics = {key.partition(":")[2] for key in keys if not key.startswith("subscription:")}
+        topics |= {key.partition(":")[2].partition("/")[0] for key in keys if key.startswith("subscription:")}
+        described = await self.describe(sorted(topics))
+        configs = await self._configs(sorted(described))
+        bounds = await self.bounds({name: d.partitions for name, d in described.items()})
+        found = []
+        for key in keys:
+            kind, _, name = key.partition(":")
+            if kind == "subscription":
+                one = await self._observed_group(name, entries.get(key), described, bounds)
+            elif name in described:
+                one = self._observed_topic(key, entries.get(key), described[name], configs[name], bounds, managed)
+            else:
+                continue
+            if one is not None:
+                found.append(one)
+        return found
+
+    def _observed_topic(
+        self,
+        key: str,
+        entry: Mapping[str, Any] | None,
+        topic: Described,
+        config: Mapping[str, str],
+        bounds: Bounds,
+        managed: Mapping[str, Mapping[str, Setting]],
+    ) -> Observed:
+        kind, _, name = key.partition(":")
+        settings: dict[str, Setting] = {"num_partitions": topic.partitions, "replication_factor": topic.replication}
+        for setting in managed.get(key, {"retention.ms": 0, "retention.bytes": 0, "cleanup.policy": ""}):
+            if setting in config:
+                settings[setting] = _typed(config[setting])
+        entry = entry if entry is not None and entry.get("id") in (None, topic.id) else None
+        return Observed(
+            ResourceId(self._broker, "internal" if kind == "internal" else "channel", name),
+            settings,
+            entry["owner"] if entry else None,
+            version=f"{topic.id}.{digest(settings)}",
+            events=sum(max(0, high - low) for (at, _), (low, high) in bounds.items() if at == name),
+            exact=False,
+            protect=bool(entry and entry.get("protect")),
+        )
+
+    async def _observed_group(
+        self, name: str, entry: Mapping[str, Any] | None, described: Mapping[str, Described], bounds: Bounds
+    ) -> Observed | None:
+        address, _, group = name.partition("/")
+        if address not in described:
+            return None
+        topic = described[address]
+        positions = await self.positions(group, address, topic.partitions)
+        if not positions or (entry is not None and entry.get("retired")):
+            return None
+        ends = {n: bounds[address, n] for n in range(topic.partitions)}
+        waiting = sum(max(0, high - max(low, positions.get(n, low))) for n, (low, high) in ends.items())
+        mine = entry is not None and entry.get("id") in (None, topic.id)
+        return Observed(
+            ResourceId(self._broker, "subscription", name),
+            {},
+            entry["owner"] if entry is not None and mine else None,
+            version=topic.id,
+            events=waiting,
+            exact=False,
+        )
+
+    # --- change -----------------------------------------------------------------------------------------------
+
+    async def create(self, desired: Desired, start: Start = "earliest") -> None:
+        if desired.external:
+            if not await self.describe([desired.id.name]):
+                raise ResourceMissing(f"{desired.id} does not exist", hint="it is external: its owner must create it")
+            return
+        await self.ensure_registry()
+        if desired.id.kind == "subscription":
+            await self._create_group(desired, start)
+        else:
+            await self._create_topic(desired)
+
+    async def _create_topic(self, desired: Desired) -> None:
+        name, key = desired.id.name, _key(desired.id)
+        entry: dict[str, Any] = {"owner": self._owner, "protect": desired.protect}
+        known = (await asyncio.to_thread(self.registry.read)).get(key)
+        there = (await self.describe([name])).get(name)
+        if there is not None and (known is None or known.get("id") not in (None, there.id)):
+            raise _foreign(desired.id, None)
+        if there is not None and known is not None and known["owner"] != self._owner:
+            raise _foreign(desired.id, known["owner"])
+        if there is None:
+            await asyncio.to_thread(self.registry.write, key, entry)
+            config = {k: str(v) for k, v in desired.settings.items() if k not in _SHAPE}
+            topic = api.NewTopic(name, *(int(str(desired.settings[k])) for k in _SHAPE), config=config)
+            await self.run(self.admin.create_topics([topic]), f"creating {name}")
+            there = await self._appeared(name)
+        await asyncio.to_thread(self.registry.write, key, entry | {"id": there.id})
+
+    async def _appeared(self, name: str) -> Described:
+        """Creation is confirmed before every broker knows the topic and has a leader for it."""
+        deadline = asyncio.get_running_loop().time() + _PATIENCE
+        while True:
+            found = (await self.describe([name])).get(name)
+            if found is not None and found.led:
+                return found
+            if asyncio.get_running_loop().time() > deadline:
+                raise BrokerUnavailable(f"{name} was created, but has no leader", hint="look at the brokers' logs")
+            await asyncio.sleep(0.05)
+
+    async def _create_group(self, desired: Desired, start: Start) -> None:
+        address, _, group = desired.id.name.partition("/")
+        topic = (await self.describe([address])).get(address)
+        if topic is None:
+            raise ResourceMissing(f"the topic {address} does not exist", hint="run `orchestrator apply`")
+        known = (await asyncio.to_thread(self.registry.read)).get(_key(desired.id))
+        positions = await self.positions(group, address, topic.partitions)
+        if positions and (known is None or known["owner"] != self._owner):
+            raise _foreign(desired.id, known["owner"] if known else None)
+        entry = {"owner": self._owner, "id": topic.id}
+        await asyncio.to_thread(self.registry.write, _key(desired.id), entry)
+        if not positions or (known is not None and known.get("retired")):  # one that has a position keeps it
+            await self.place(group, address, topic.partitions, start)
+
+    async def update(self, desired: Desired, observed: Observed) -> None:
+        if desired.id.kind == "subscription":
+            return
+        await self._require_same(observed)
+        name = desired.id.name
+        changed = {k: v for k, v in desired.settings.items() if observed.settings.get(k) != v}
+        if "num_partitions" in changed:
+            count = int(str(changed.pop("num_partitions")))
+            await self.run(
+                self.admin.create_partitions([api.NewPartitions(name, count)]), f"adding partitions to {name}"
+            )
+        if changed:
+            resource = api.ConfigResource(api.ResourceType.TOPIC, name)
+            for setting, value in changed.items():
+                resource.add_incremental_config(
+                    api.ConfigEntry(setting, str(value), incremental_operation=api.AlterConfigOpType.SET)
+                )
+            await self.run(self.admin.incremental_alter_configs([resource]), f"changing {name}")
+        topic = (await self.describe([name]))[name]
+        entry = {"owner": self._owner, "protect": desired.protect, "id": topic.id}
+        await asyncio.to_thread(self.registry.write, _key(desired.id), entry)
+
+    async def delete(self, observed: Observed) -> None:
+        name, key = observed.id.name, _key(observed.id)
+        if not await self._require_same(observed):
+            return
+        if observed.id.kind == "subscription":
+            address, _, group = name.partition("/")
+            if any(not _belongs(tp.topic, address, group) for tp in await self.committed(group)):
+                # The group reads other channels too, and Kafka's client cannot take one topic out of it.
+                entry = {"owner": self._owner, "id": observed.version, "retired": True}
+                await asyncio.to_thread(self.registry.write, key, entry)
+                return
+            await self.empty(group)
+            gone = self.admin.delete_consumer_groups([group])
+            await self.run(gone, f"deleting {group}", KafkaError.GROUP_ID_NOT_FOUND)
+        else:
+            await self.run(self.admin.delete_topics([name]), f"deleting {name}", KafkaError.UNKNOWN_TOPIC_OR_PART)
+            while await self.describe([name]):
+                await asyncio.sleep(0.05)
+        await asyncio.to_thread(self.registry.write, key, None)
+
+    async def _require_same(self, observed: Observed) -> bool:
+        """False when it is gone. Raises RefusedError when it is no longer what was observed."""
+        key, entries = _key(observed.id), await asyncio.to_thread(self.registry.read)
+        found = await self._look([key], entries, {key: observed.settings})
+        if not found:
+            return False
+        now = found[0]
+        if now.owner != self._owner:
+            raise _foreign(observed.id, now.owner)
+        if now.version != observed.version:
+            raise RefusedError(f"{observed.id} was changed since it was looked at", hint="make a new plan")
+        return True
+
+    async def ensure_registry(self) -> None:
+        if not await self.describe([self._registry_name]):
+            topic = api.NewTopic(self._registry_name, 1, -1, config={"cleanup.policy": "compact"})
+            made = self.admin.create_topics([topic])
+            await self.run(made, "creating the registry", KafkaError.TOPIC_ALREADY_EXISTS)
+            await self._appeared(self._registry_name)
+
+    # --- the cluster, asked ---------------------------------------------------------------------------------------
+
+    async def run(self, futures: Mapping[Any, Future[Any]], what: str, *harmless: int) -> list[Any]:
+        """Awaits what the admin client has begun. Raises our own errors, but none of the codes in `harmless`."""
+        results = []
+        for future in futures.values():
+            try:
+                results.append(await asyncio.wrap_future(future))
+            except KafkaException as error:
+                found = client.error_of(error)
+                if found is None or found.code() not in harmless:
+                    raise client.translate(error, what) from None
+        return results
+
+    async def describe(self, names: Sequence[str]) -> dict[str, Described]:
+        """Those of `names` that exist."""
+        if not names:
+            return {}
+        futures = self.admin.describe_topics(TopicCollection(list(names)))
+        found = await self.run(futures, "describing topics", KafkaError.UNKNOWN_TOPIC_OR_PART)
+        return {topic.name: Described(topic) for topic in found}
+
+    async def _configs(self, names: Sequence[str]) -> dict[str, dict[str, str]]:
+        if not names:
+            return {}
+        asked = [api.ConfigResource(api.ResourceType.TOPIC, name) for name in names]
+        futures = self.admin.describe_configs(asked)
+        found = await self.run(futures, "reading topic settings")
+        return {
+            resource.name: {entry.name: entry.value for entry in config.values()}
+            for resource, config in zip(futures, found, strict=True)
+        }
+
+    async def bounds(self, topics: Mapping[str, int]) -> Bounds:
+        """First and next offset of each partition."""
+        places = [TopicPartition(name, n) for name, count in topics.items() for n in range(count)]
+        if not places:
+            return {}
+        ends: list[dict[tuple[str, int], int]] = []
+        for spec in (api.OffsetSpec.earliest(), api.OffsetSpec.latest()):
+            futures = self.admin.list_offsets(dict.fromkeys(places, spec))
+            found = await self.run(futures, "reading offsets")
+            ends.append({(p.topic, p.partition): r.offset for p, r in zip(futures, found, strict=True)})
+        return {place: (low, ends[1][place]) for place, low in ends[0].items()}
+
+    async def committed(self, group: str) -> list[TopicPartition]:
+        """Every position of `group`, with its metadata; none when there is no such group."""
+        futures = self.admin.list_consumer_group_offsets([ConsumerGroupTopicPartitions(group)])
+        found = await self.run(futures, f"reading positions of {group}", KafkaError.GROUP_ID_NOT_FOUND)
+        return [tp for result in found for tp in result.topic_partitions or () if tp.offset >= 0]
+
+    async def positions(self, group: str, topic: str, partitions: int) -> dict[int, int]:
+        found = await self.committed(group)
+        return {tp.partition: tp.offset for tp in found if tp.topic == topic and tp.partition < partitions}
+
+    async def place(self, group: str, topic: str, partitions: int, start: Start) -> None:
+        """Puts the group's position; what an earlier commit said besides is forgotten."""
+        target = [
+            TopicPartition(topic, n, offset) for n, offset in (await self.places(topic, partitions, start)).items()
+        ]
+        request = ConsumerGroupTopicPartitions(group, target)
+        for result in await self.run(self.admin.alter_consumer_group_offsets([request]), f"positioning {group}"):
+            for tp in result.topic_partitions:
+                if tp.error is not None:
+                    raise client.translate(tp.error, f"positioning {group} in {topic}")
+
+    async def places(self, topic: str, partitions: int, start: Start) -> dict[int, int]:
+        """The offset of `start` in each partition."""
+        bounds = await self.bounds({topic: partitions})
+        at = {n: bounds[topic, n][start == "latest"] for n in range(partitions)}
+        if isinstance(start, datetime):
+            spec = api.OffsetSpec.for_timestamp(int(start.timestamp() * 1000))
+            futures = self.admin.list_offsets({TopicPartition(topic, n): spec for n in range(partitions)})
+            found = await self.run(futures, "reading offsets")
+            later = {p.partition: r.offset for p, r in zip(futures, found, strict=True)}
+            at = {n: later[n] if later[n] >= 0 else bounds[topic, n][1] for n in range(partitions)}
+        return at
+
+    async def empty(self, group: str) -> None:
+        """Returns when nobody is in the group: static members stay until their session ends. Raises RefusedError."""
+        deadline = asyncio.get_running_loop().time() + 20
+        while True:
+            found = await self.run(self.admin.describe_consumer_groups([group]), group, KafkaError.GROUP_ID_NOT_FOUND)
+            if not any(one.members for one in found):
+                return
+            if asyncio.get_running_loop().time() > deadline:
+                raise RefusedError(f"the group {group} is in use", hint="stop its consumers first")
+            await asyncio.sleep(0.2)
+
+
+class Described:
+    """A topic as the cluster has it."""
+
+    def __init__(self, topic: Any) -> None:
+        self.id = str(topic.topic_id)
+        self.partitions = len(topic.partitions)
+        self.replication = max((len(p.replicas) for p in topic.partitions), default=0)
+        self.led = all(p.leader is not None for p in topic.partitions)
+
+
+def _key(resource: ResourceId) -> str:
+    return f"{resource.kind}:{resource.name}"
+
+
+def _belongs(topic: str, address: str, group: str) -> bool:
+    return topic == address or topic.startswith(f"{group}.retry.")
+
+
+def _typed(value: str) -> Setting:
+    return int(value) if value.lstrip("-").isdigit() else value
+
+
+def _foreign(resource: ResourceId, owner: str | None) -> RefusedError:
+    whose = f"belongs to the topology {owner}" if owner else "was not made by this tool"
+    return RefusedError(f"{resource} exists and {whose}", hint="give it another name, or mark it `external: true`")
