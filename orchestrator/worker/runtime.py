@@ -242,6 +242,7 @@ class Runtime:
         state = State.STARTED
         if decision.alone:
             state, self._alone = State.STARTED_ALONE, attempt
+            self._release_waiting()  # it may take as long as a timeout, or end this process
         if decision.mark is None:
             attempt.start(state)
             return
