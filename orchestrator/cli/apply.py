@@ -205,6 +205,8 @@ def _show(plan: Plan, output: Output) -> None:
 
     if output is Output.JSON:
         console.say(render.text(plan, color=console.wants_color(err=True)))
+    elif plan.empty:
+        console.data(f"{plan.topology} (revision {plan.revision}): {render.summary(plan)}")
     else:
         console.data(render.text(plan, color=console.wants_color()))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from enum import StrEnum
 from importlib import resources
@@ -138,6 +137,6 @@ def graph(
 def schema() -> None:
     """Print the JSON Schema of a topology file, for editors."""
     # pydantic
-    from orchestrator.topology.schema import json_schema
+    from orchestrator.topology.schema import text
 
-    console.data(json.dumps(json_schema(), indent=2))
+    console.data(text())

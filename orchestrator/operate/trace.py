@@ -128,7 +128,8 @@ def _died(read: Read) -> str:
 
 def _label(node: Node) -> str:
     if node.read is None or node.read.event is None:
-        return f"({node.event_id[:8]}: no longer stored; handled from a queue, or outside this topology)"
+        by = {c.read.event.source_agent for c in node.children if c.read and c.read.event}
+        return f"({node.event_id[:8]}, handled by {', '.join(sorted(filter(None, by))) or '?'}; no longer stored)"
     event = node.read.event
     who = f"{event.source_agent or '?'}{f' → {event.target_agent}' if event.target_agent else ''}"
     moment = event.timestamp.astimezone().strftime("%H:%M:%S.%f")[:-3]

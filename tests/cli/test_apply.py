@@ -1,0 +1,241 @@
+"""plan, apply and destroy on the embedded server, right and wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import TOPOLOGY
+from tests.cli.rig import Folder
+from tests.servers.nats import NatsServer, free_port
+
+SMALLER = TOPOLOGY.replace("parcels: {", "parcels: {retention: {max_events: 1}, ")
+RIVAL = TOPOLOGY.replace("name: shop", "name: rival").replace("parcels: {", "parcels: {address: shop-parcels, ")
+
+
+def test_a_second_apply_is_empty(folder: Folder) -> None:
+    assert "embedded: development" in folder.ok("plan").out
+    assert folder.run("plan", "--exit-code").code == 3
+    folder.ok("apply", "--yes", "--no-workers")
+    again = folder.ok("plan", "--exit-code", "-o", "json").json
+    assert (again["operations"], again["pending"]) == ([], False)
+    assert "Nothing to do" in folder.ok("apply", "--no-workers").out  # and so nothing to confirm
+
+
+def test_apply_without_a_terminal_asks_for_yes(folder: Folder) -> None:
+    assert "--yes" in folder.refused("apply", "--no-workers", code=2)
+    assert folder.run("plan", "--exit-code").code == 3
+
+
+def test_a_setting_is_changed_in_place(folder: Folder) -> None:
+    folder.ok("apply", "--yes", "--no-workers")
+    folder.write("topology.yaml", TOPOLOGY.replace("parcels: {", "parcels: {retention: {max_age: 2d}, "))
+    plan = folder.ok("plan").out
+    assert "~ update  channel shop-parcels   topology.yaml:6:" in plan
+    assert "172800" in plan
+    folder.ok("apply", "--yes", "--no-workers")
+    assert folder.run("plan", "--exit-code").code == 0
+
+
+def test_what_would_lose_events_needs_their_names(folder: Folder) -> None:
+    folder.ok("apply", "--yes", "--no-workers")
+    for n in range(3):
+        folder.ok("publish", "parcel.packed", json.dumps({"n": n}))
+    folder.write("topology.yaml", SMALLER)
+    said = folder.run("apply", "--yes", "--no-workers")
+    assert said.code == 1
+    assert "--allow-loss=shop-parcels" in said.out + said.err
+    assert len(folder.ok("tail", "--from", "earliest", "--no-follow").out.splitlines()) == 3
+    folder.ok("apply", "--yes", "--no-workers", "--allow-loss=shop-parcels")
+    assert len(folder.ok("tail", "--from", "earliest", "--no-follow").out.splitlines()) == 1
+
+
+def test_what_the_file_no_longer_names_is_listed_and_goes_when_told(folder: Folder) -> None:
+    folder.ok("apply", "--yes", "--no-workers")
+    folder.ok("publish", "parcel.packed", "{}")
+    folder.ok("publish", "order.placed", '{"item": "book"}')
+    text = TOPOLOGY.replace("  parcels: {events: [parcel.*], mode: log}\n", "")
+    folder.write("topology.yaml", text.replace("publish: [parcel.packed]", "").replace("  pack:", "  wrap:"))
+    listed = folder.ok("plan", "-o", "json").json["operations"]
+    # the events of the orders channel wait in the old agent's subscription, so that is kept too
+    assert {(o["action"], o["name"]) for o in listed if o["kind"] != "internal"} == {
+        ("create", "shop-orders/shop-wrap"),
+        ("keep", "shop-orders/shop-pack"),
+        ("keep", "shop-parcels"),
+    }
+    refused = folder.run("apply", "--yes", "--no-workers", "--prune")
+    assert refused.code == 1
+    assert "--allow-loss=shop-parcels" in refused.out
+    folder.ok(
+        *("apply", "--yes", "--no-workers", "--prune"),
+        *("--allow-loss=shop-parcels", "--allow-loss=shop-orders/shop-pack"),
+    )
+    assert folder.run("plan", "--exit-code").code == 0
+
+
+def test_a_subscription_without_events_goes_with_its_agent(folder: Folder) -> None:
+    folder.ok("apply", "--yes", "--no-workers")
+    folder.write("topology.yaml", TOPOLOGY.replace("  pack:", "  wrap:"))
+    plan = folder.ok("plan", "-o", "json").json["operations"]
+    assert {(o["action"], o["name"]) for o in plan} == {
+        ("create", "shop-orders/shop-wrap"),
+        ("delete", "shop-orders/shop-pack"),
+    }
+
+
+def test_a_stale_plan_is_refused(folder: Folder) -> None:
+    folder.ok("plan", "--out", "plan.json")
+    folder.ok("apply", "--plan", "plan.json", "--no-workers")
+    said = folder.refused("apply", "--plan", "plan.json", "--no-workers")
+    assert "stale" in said
+    assert "orchestrator plan --out" in said
+    folder.write("topology.yaml", SMALLER)
+    assert "the topology has changed" in folder.refused("apply", "--plan", "plan.json", "--no-workers")
+    folder.write("nonsense.json", "[]")
+    assert "not a plan file" in folder.refused("apply", "--plan", "nonsense.json", "--no-workers")
+
+
+def test_what_is_not_ours_is_not_touched(folder: Folder) -> None:
+    folder.ok("apply", "--yes", "--no-workers")
+    folder.ok("publish", "parcel.packed", "{}")
+    folder.write(
+        "topology.yaml",
+        RIVAL,
+    )
+    done = folder.run("apply", "--yes", "--no-workers")
+    assert done.code == 1
+    assert "belongs to topology shop" in done.out
+    assert "`address:`" in done.out
+    folder.write("topology.yaml", TOPOLOGY)
+    assert folder.run("plan", "--exit-code").code == 0
+
+
+def test_an_external_channel_must_exist(folder: Folder) -> None:
+    text = TOPOLOGY.replace(
+        "parcels: {", "invoices: {address: INVOICES, external: true, events: [invoice.*]}\n  parcels: {"
+    )
+    folder.write("topology.yaml", text)
+    done = folder.run("apply", "--yes", "--no-workers")
+    assert done.code == 1
+    assert "let its owner create INVOICES" in done.out
+    assert folder.run("plan", "--exit-code").code == 1
+
+
+def test_destroy_leaves_nothing_and_refuses_to_lose_events_unasked(folder: Folder) -> None:
+    folder.ok("apply", "--yes", "--no-workers")
+    folder.ok("publish", "parcel.packed", "{}")
+    assert "--allow-loss=shop-parcels" in folder.refused("destroy", "--yes")
+    assert folder.run("plan", "--exit-code").code == 0
+    folder.ok("destroy", "--yes", "--allow-loss=shop-parcels")
+    after = folder.ok("plan", "-o", "json").json["operations"]
+    assert {o["action"] for o in after} == {"create"}
+
+
+def test_protected_channels_survive_destroy(folder: Folder) -> None:
+    folder.write("topology.yaml", TOPOLOGY.replace("parcels: {", "parcels: {protect: true, "))
+    folder.ok("apply", "--yes", "--no-workers")
+    assert "protect" in folder.refused("destroy", "--yes")
+    folder.write("topology.yaml", TOPOLOGY.replace("parcels: {", "parcels: {protect: false, "))
+    folder.ok("apply", "--yes", "--no-workers")
+    folder.ok("destroy", "--yes")
+
+
+def test_the_wrong_cluster_is_not_touched(folder: Folder, nats_server: NatsServer) -> None:
+    broker = f'brokers: {{main: {{url: "{nats_server.url}", cluster_id: production}}}}\n'
+    folder.write("topology.yaml", TOPOLOGY.replace("name: shop", "name: shop-cluster") + broker)
+    said = folder.refused("apply", "--yes", "--no-workers")
+    assert "is cluster 'test'" in said
+    assert "cluster_id to 'test'" in said
+    folder.write("topology.yaml", (folder.path / "topology.yaml").read_text().replace("production", "test"))
+    folder.ok("apply", "--yes", "--no-workers")
+    folder.ok("destroy", "--yes")
+
+
+def test_a_broker_that_is_not_there_is_named_with_the_next_step(folder: Folder) -> None:
+    port = free_port()
+    auth = "auth: {mechanism: plain, username: u, password: hunter2}"
+    folder.write("topology.yaml", TOPOLOGY + f'brokers: {{main: {{url: "nats://127.0.0.1:{port}", {auth}}}}}\n')
+    for command in (
+        ["plan"],
+        ["apply", "--yes"],
+        ["publish", "parcel.packed", "{}"],
+        ["tail"],
+        ["dlq", "list"],
+        ["doctor"],
+    ):
+        done = folder.run(*command)
+        assert done.code == 1, (command, done)
+        assert f"127.0.0.1:{port}" in done.out + done.err, (command, done)
+        assert "→" in done.out + done.err
+        assert "hunter2" not in done.out + done.err
+
+
+def test_two_applies_at_once_both_succeed(folder: Folder) -> None:
+    command = [sys.executable, "-m", "orchestrator.cli.main", "apply", "--yes", "--no-workers"]
+    both = [
+        subprocess.Popen(command, cwd=folder.path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    assert [(p.communicate(timeout=60), p.returncode)[1] for p in both] == [0, 0]
+    assert folder.run("plan", "--exit-code").code == 0
+
+
+KILLED = """
+import asyncio, os, signal, sys
+from pathlib import Path
+from orchestrator.brokers.connections import Connections
+from orchestrator.brokers.embedded import serving
+from orchestrator.reconcile import service
+from orchestrator.topology import load
+
+async def main(survives):
+    topology = load([Path("topology.yaml")]).topology
+    async with serving(topology):
+        done = 0
+        def report(operation):
+            nonlocal done
+            done += 1
+            if done == survives:
+                os.kill(os.getpid(), signal.SIGKILL)
+        await service.apply(topology, Connections(topology, name="test"), report=report)
+
+asyncio.run(main(int(sys.argv[1])))
+"""
+
+
+@pytest.mark.parametrize("survives", [1, 3, 5])
+def test_an_apply_killed_between_operations_is_finished_by_the_next(folder: Folder, survives: int) -> None:
+    folder.write("killed.py", KILLED)
+    killed = subprocess.run([sys.executable, "killed.py", str(survives)], cwd=folder.path, timeout=60, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    missing = folder.ok("plan", "-o", "json").json["operations"]
+    assert missing
+    assert {o["action"] for o in missing} == {"create"}
+    folder.ok("apply", "--yes", "--no-workers")
+    assert folder.run("plan", "--exit-code").code == 0
+
+
+def test_the_lock_names_its_holder(folder: Folder, tmp_path: Path) -> None:
+    script = (
+        "import asyncio, sys\nfrom pathlib import Path\nfrom orchestrator.reconcile.lock import apply_lock\n"
+        "async def main():\n    async with apply_lock(Path('.orchestrator')):\n"
+        "        print('held', flush=True)\n        sys.stdin.read()\nasyncio.run(main())\n"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", script], cwd=folder.path, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "held\n"
+    try:
+        said = folder.refused("apply", "--yes", "--no-workers")
+        assert f"process {holder.pid}" in said
+    finally:
+        holder.communicate()
+    folder.ok("apply", "--yes", "--no-workers")
+    assert os.stat(folder.path / ".orchestrator").st_mode & 0o777 == 0o700

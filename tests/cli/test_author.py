@@ -1,0 +1,97 @@
+"""init, validate, graph, schema: what needs no broker."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.cli.rig import Folder
+
+
+def test_init_makes_a_folder_that_validates_with_its_handlers(tmp_path: Path) -> None:
+    done = Folder(tmp_path).ok("init", "My Shop!")
+    assert "orchestrator dev" in done.out
+    made = Folder(tmp_path / "My Shop!")
+    assert "my-shop: valid" in made.ok("validate", "--strict", "--handlers").out
+
+
+def test_init_writes_over_nothing(tmp_path: Path) -> None:
+    (tmp_path / "shop").mkdir()
+    (tmp_path / "shop" / "agents.py").write_text("mine")
+    said = Folder(tmp_path).refused("init", "shop")
+    assert "exists already" in said
+    assert "orchestrator init NAME" in said
+    assert [p.name for p in (tmp_path / "shop").iterdir()] == ["agents.py"]
+    assert (tmp_path / "shop" / "agents.py").read_text() == "mine"
+
+
+def test_without_a_topology_the_next_step_is_said(tmp_path: Path) -> None:
+    assert "orchestrator init" in Folder(tmp_path).refused("validate")
+
+
+def test_every_mistake_is_shown_with_its_place(folder: Folder) -> None:
+    folder.write("topology.yaml", (folder.path / "topology.yaml").read_text().replace("handler:", "handlr:"))
+    said = folder.refused("validate")
+    assert "topology.yaml:12:5: error" in said
+    assert "did you mean `handler`?" in said
+    done = folder.run("validate", "-o", "json")
+    assert done.code == 1
+    assert {d["line"] for d in done.json["diagnostics"]} >= {12}
+
+
+def test_a_topology_comes_from_stdin_and_variables_from_the_command_line(folder: Folder) -> None:
+    text = (folder.path / "topology.yaml").read_text().replace("name: shop", 'name: "{{ vars.shop }}"')
+    text += "variables: {shop: {default: bakery}}\n"
+    assert "bakery: valid" in folder.ok("validate", "-", stdin=text).out
+    assert "florist: valid" in folder.ok("validate", "-", "--set", "shop=florist", stdin=text).out
+    assert "NAME=VALUE" in folder.refused("validate", "-", "--set", "shop", code=2, stdin=text)
+
+
+def test_show_prints_the_effective_topology_without_secrets(folder: Folder) -> None:
+    text = (folder.path / "topology.yaml").read_text()
+    auth = """{mechanism: token, token: "{{ secret('env:TOKEN') }}"}"""
+    text += f'brokers: {{main: {{url: "nats://127.0.0.1:4222", auth: {auth}}}}}\n'
+    folder.write("topology.yaml", text)
+    done = folder.run("validate", "--show", TOKEN="opensesame")
+    assert done.code == 0, done
+    assert "concurrency: 8" in done.out
+    assert "opensesame" not in done.out + done.err
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        ("import nonsense_module\n", "nonsense_module"),
+        ("async def wrap(event, ctx): ...\n", "pack"),
+        ("import os\nos._exit(3)\n", "exit code 3"),
+        ("pack = 1\n", "pack"),
+    ],
+    ids=["import fails", "no such function", "exits", "no function"],
+)
+def test_validate_handlers_names_what_does_not_load(folder: Folder, code: str, expected: str) -> None:
+    folder.write("agents.py", code)
+    folder.ok("validate")
+    said = folder.refused("validate", "--handlers")
+    assert expected in said
+    assert "topology.yaml:12:" in said
+
+
+def test_a_module_that_does_not_import_is_shown_with_its_own_traceback(folder: Folder) -> None:
+    folder.write("agents.py", "def broken():\n    return 1 / 0\nbroken()\n")
+    said = folder.run("validate", "--handlers").err
+    assert "agents.py" in said
+    assert "return 1 / 0" in said
+    assert "ZeroDivisionError" in said
+
+
+def test_graph_draws_agents_and_channels(folder: Folder) -> None:
+    drawn = folder.ok("graph").out
+    assert "flowchart" in drawn
+    assert '-->|"order.placed"| a_pack' in drawn
+    assert "digraph" in folder.ok("graph", "-o", "dot").out
+
+
+def test_schema_is_json_schema() -> None:
+    assert json.loads(Folder(Path.cwd()).ok("schema").out)["$schema"]
