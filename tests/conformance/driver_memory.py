@@ -10,7 +10,6 @@ from unittest import mock
 
 from orchestrator.brokers.base import Delivery, Desired, Ended, History, Outgoing, ResourceId
 from orchestrator.brokers.memory import MemoryConnection, adapter
-from orchestrator.brokers.memory.state import Log
 from orchestrator.topology.model import Channel, Subscription, Topology
 
 from .victims import Held, Victim
@@ -57,8 +56,8 @@ class MemoryDriver:
         return [entry.body for entry in self.hub.log(channel.address).entries.values()]
 
     async def outside_create(self, address: str) -> None:
-        desired = Desired(ResourceId("main", "channel", address), {"mode": "log"}, ())
-        self.hub.logs[address] = Log(address, dict(desired.settings), None, False, self.hub.number())
+        desired = Desired(ResourceId("main", "channel", address), {}, ())
+        self.hub.provide(desired)
 
     async def outside_exists(self, address: str) -> bool:
         return address in self.hub.logs

@@ -12,7 +12,7 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 
 from orchestrator import clock
-from orchestrator.brokers.base import Outgoing
+from orchestrator.brokers.base import Desired, Outgoing
 from orchestrator.brokers.memory.state import TICK, Entry, Group, Log, Member, Pending
 from orchestrator.errors import PublishRejected, ResourceMissing
 
@@ -28,6 +28,7 @@ class Hub:
         self.logs: dict[str, Log] = {}
         self.inboxes: dict[str, Callable[[bytes, Mapping[str, str]], None]] = {}
         self.watchers: set[Callable[[], None]] = set()  # told after anything has changed, and on stop and start
+        self.taps: list[Callable[[Log, Entry], None]] = []  # told of each event that is stored
         self._numbers = itertools.count(1)
         self._pumping = False
         self._timer: asyncio.TimerHandle | None = None
@@ -100,14 +101,22 @@ class Hub:
             if message.delay > 0:
                 heapq.heappush(log.scheduled, (now + message.delay, self.number(), message))
             else:
-                log.append(message.body, message.headers, message.event_type, now)
+                self._store(log, message, now)
             log.trim(now)
         self.changed()
 
     def publish_raw(self, address: str, body: bytes, headers: Mapping[str, str], event_type: str | None) -> None:
         """What another program would put there: nothing is checked."""
-        self.log(address).append(body, headers, event_type, clock.now())
+        log = self.log(address)
+        entry = log.append(body, headers, event_type, clock.now())
+        for tap in self.taps:
+            tap(log, entry)
         self.changed()
+
+    def _store(self, log: Log, message: Outgoing, now: float) -> None:
+        entry = log.append(message.body, message.headers, message.event_type, now)
+        for tap in self.taps:
+            tap(log, entry)
 
     def redrive(self, group: Group, log: Log, message: Outgoing) -> None:
         seq = log.next_seq
@@ -153,7 +162,7 @@ class Hub:
         for log in list(self.logs.values()):
             while log.scheduled and log.scheduled[0][0] <= now + TICK:
                 message = heapq.heappop(log.scheduled)[2]
-                log.append(message.body, message.headers, message.event_type, now)
+                self._store(log, message, now)
             log.trim(now)
         dues = []
         for log in list(self.logs.values()):
@@ -203,10 +212,20 @@ class Hub:
         for watcher in list(self.watchers):
             watcher()
 
-    # --- for tests --------------------------------------------------------------------------------------------
+    # --- for orchestrator.testing -----------------------------------------------------------------------------
 
-    def idle(self, groups: Sequence[tuple[str, str]]) -> bool:
-        """Whether none of these subscriptions (address, name) has anything to do, now or later."""
-        if any(log.scheduled for log in self.logs.values()):
-            return False
-        return all(self.group(address, name).idle(self.log(address)) for address, name in groups)
+    def provide(self, desired: Desired) -> None:
+        """Makes a channel that is somebody else's, so that a topology's external channels are there."""
+        settings = {"mode": "log", **desired.settings}
+        self.logs.setdefault(desired.id.name, Log(desired.id.name, settings, None, False, self.number()))
+
+    def busy(self, groups: Sequence[tuple[str, str]]) -> list[str]:
+        """Which of these subscriptions (address, name) have something to do, now or later, in words."""
+        found = [f"{len(log.scheduled)} delayed for {log.address}" for log in self.logs.values() if log.scheduled]
+        for address, name in groups:
+            group, log = self.group(address, name), self.log(address)
+            if not group.idle(log):
+                unread = sum(1 for _ in group.unread(log))
+                waiting = len(group.pending) - len(group.in_flight)
+                found.append(f"{name}: {unread} unread, {len(group.in_flight)} in flight, {waiting} to be tried again")
+        return found
