@@ -29,10 +29,11 @@ def free_port() -> int:
 class NatsServer:
     """One nats-server with JetStream on loopback. `config` is appended to its configuration file."""
 
-    def __init__(self, config: str = "") -> None:
+    def __init__(self, config: str = "", *, jetstream: bool = True) -> None:
         self.port = free_port()
         self.home = Path(tempfile.mkdtemp(prefix="orchestrator-nats-"))
-        self._config = config
+        store = f'jetstream {{ store_dir: "{self.home}" }}\n' if jetstream else ""
+        self._config = store + config
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -48,10 +49,7 @@ class NatsServer:
         binary = find_binary()
         assert binary is not None, "no nats-server on this machine"
         file = self.home / "server.conf"
-        file.write_text(
-            f'listen: "127.0.0.1:{self.port}"\nserver_name: test\n'
-            f'jetstream {{ store_dir: "{self.home}" }}\n{self._config}\n'
-        )
+        file.write_text(f'listen: "127.0.0.1:{self.port}"\nserver_name: test\n{self._config}\n')
         with open(self.home / "server.log", "ab") as log:
             self._process = subprocess.Popen([binary, "-c", str(file)], stdout=log, stderr=log, start_new_session=True)
         deadline = time.monotonic() + 15

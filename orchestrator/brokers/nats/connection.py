@@ -96,6 +96,7 @@ class NatsConnection:
             receive(body, public_headers(header) if header else {})
 
         self.link.client.listen(subject, on_message)
+        self.link.client.flush_frames()  # before the ping that flush() waits for
         await self.link.client.flush(timeout=5)
         return subject
 

@@ -134,18 +134,20 @@ class FastClient(Client):
     def run_after_chunk(self) -> None:
         while self._after:
             hooks, self._after = self._after, []
-            for hook in hooks:
-                try:
-                    hook()
-                except Exception as error:
-                    self.report("a batch could not be processed", error)
+            self._call(hooks)
+
+    def _call(self, hooks: list[Callable[[], None]]) -> None:
+        for hook in hooks:
+            try:
+                hook()
+            except Exception as error:  # neither the read loop nor the next write may end with it
+                self.report("a batch could not be processed", error)
 
     def flush_frames(self) -> None:
         """Writes everything queued, now."""
         while self._hooks:
             hooks, self._hooks = self._hooks, []
-            for hook in hooks:
-                hook()
+            self._call(hooks)
         self._scheduled = False
         if self._out and self.is_connected and self._transport is not None:
             data = b"".join(self._out)

@@ -1,0 +1,222 @@
+"""What is done to the server from outside: killed, frozen, emptied. Judged by what the sink was told."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+
+from orchestrator.brokers.base import Delivery, History
+from orchestrator.brokers.nats import adapter
+from orchestrator.brokers.nats.resources import safe
+from orchestrator.errors import BrokerError, BrokerUnavailable, ResourceMissing
+from orchestrator.topology.model import Auth
+from tests.nats.rig import finished, rig, topology, until
+from tests.servers.nats import NatsServer, free_port
+
+
+@pytest.fixture
+def server() -> Iterator[NatsServer]:
+    started = NatsServer().start()
+    yield started
+    started.close()
+
+
+async def test_consumes_again_within_five_seconds_of_a_kill_and_loses_nothing(server: NatsServer) -> None:
+    async with rig(server.url) as made:
+        consumer, sink = await made.consumer()
+        total = 600
+        handled: Counter[str] = Counter()
+        done_at: list[float] = []
+
+        def settle(delivery: Delivery) -> None:
+            def done(error: BaseException | None) -> None:
+                assert error is None
+                handled[delivery.position] += 1
+                done_at.append(time.monotonic())
+                consumer.demand(8)
+
+            consumer.settle(delivery, [made.event("agent.completed", "events")], done)
+
+        sink.on_delivery = settle
+        consumer.demand(8)
+        for _ in range(2):
+            task = asyncio.gather(*(finished(made.connection.producer().send, made.event()) for _ in range(total // 2)))
+            await until(lambda: len(handled) % (total // 2) > 20, "some were handled")
+            server.kill()
+            await until(lambda: sink.troubles and sink.troubles[-1], "trouble was told")
+            server.start()
+            back = time.monotonic()
+            await task
+            await until(lambda back=back: done_at and done_at[-1] > back, "consumes again", 5)
+        await until(lambda: len(handled) == total, "all were handled", 40)
+        assert sink.troubles[-1] is None
+        await consumer.close()
+
+
+async def test_running_event_is_not_delivered_twice_after_the_server_forgot(server: NatsServer) -> None:
+    async with rig(server.url) as made:
+        consumer, sink = await made.consumer()
+        await made.publish(made.event())
+        consumer.demand(1)
+        (running,) = await sink.take()
+        server.restart(kill=True)
+        await until(lambda: sink.troubles[-1:] == [None], "it is back")
+        consumer.demand(4)
+        await made.publish(made.event())
+        (other,) = await sink.take()
+        assert other.position != running.position
+        await finished(consumer.settle, running, [])
+        await finished(consumer.settle, other, [])
+        await asyncio.sleep(0.3)
+        assert not sink.deliveries
+        await consumer.close()
+
+
+async def test_history_survives_a_killed_server(server: NatsServer) -> None:
+    async with rig(server.url) as made:
+        consumer, sink = await made.consumer()
+        await made.publish(made.event())
+        consumer.demand(1)
+        (failed,) = await sink.take()
+        due = time.time() + 2.5
+        history = History(attempts=2, not_before=due, error="x")
+        await finished(consumer.retry, failed, history, 2.5)
+        server.restart(kill=True)
+        consumer.demand(1)
+        (again,) = await sink.take(seconds=40)
+        assert time.time() >= due - 0.05
+        assert again.history == history
+        await consumer.close()
+
+
+async def test_frozen_server_is_seen_within_seconds_and_survived(server: NatsServer) -> None:
+    async with rig(server.url) as made:
+        consumer, sink = await made.consumer()
+        consumer.demand(1)
+        began = time.monotonic()
+        server.pause()
+        await until(lambda: any(sink.troubles), "trouble was told", 5)
+        assert time.monotonic() - began < 4
+        server.resume()
+        await made.publish(made.event())
+        await sink.take(seconds=8)
+        assert sink.troubles[-1] is None
+        await consumer.close()
+
+
+async def test_deleted_consumer_is_made_again_where_it_was(server: NatsServer) -> None:
+    async with rig(server.url) as made:
+        first, sink = await made.consumer("audit")
+        first.demand(8)
+        await made.publish(*(made.event("agent.started", "events") for _ in range(3)))
+        for got in await sink.take(3):
+            await finished(first.settle, got, [])
+        await first.close()
+        consumer, sink = await made.consumer("audit")
+        consumer.demand(8)
+        stream, durable = safe(made.channel("events").address), safe(made.subscription("audit").group)
+        await made.connection.link.api(f"CONSUMER.DELETE.{stream}.{durable}")
+        await until(lambda: sink.alarms, "the healing was told", 5)
+        assert durable in sink.alarms[0]
+        late = made.event("agent.completed", "events")
+        await made.publish(late)
+        (got,) = await sink.take()
+        assert got.body == late.body
+        assert sink.troubles[-1] is None
+        await consumer.close()
+
+
+async def test_deleted_queue_and_internal_streams_are_made_again(server: NatsServer) -> None:
+    async with rig(server.url) as made:
+        consumer, sink = await made.consumer()
+        consumer.demand(8)
+        names = made.connection.resources.names
+        for stream in (safe(made.channel("tasks").address), names.state, names.inbox, names.later):
+            await made.connection.link.api(f"STREAM.DELETE.{stream}")
+        await until(lambda: sink.troubles[-1:] == [None], "it is healed", 8)
+        assert any("tasks" in alarm for alarm in sink.alarms)
+        message = made.event()
+        await made.publish(message, made.event(delay=0.2))
+        got = await sink.take(2)
+        assert got[0].body == message.body
+        await finished(consumer.retry, got[0], History(attempts=1), 0.0)
+        await finished(consumer.settle, got[1], [])
+        await sink.take()
+        await consumer.close()
+
+
+async def test_deleted_external_stream_is_trouble_until_it_is_back(server: NatsServer) -> None:
+    async with rig(server.url) as owner:
+        foreign = replace(owner.channel("events"), external=True)
+        base = topology(server.url, prefix=owner.broker.prefix)
+        plan = replace(base, channels={**base.channels, "events": foreign, "tasks": base.channels["tasks"]})
+        plan = replace(plan, channels={k: c for k, c in plan.channels.items() if k == "events"})
+        plan = replace(plan, agents={"audit": base.agents["audit"]})
+        async with rig(server.url, plan, apply=False) as made:
+            for wanted in adapter.desired(plan, made.broker):
+                if not wanted.external:
+                    await made.connection.create(wanted)
+            consumer, sink = await made.consumer("audit")
+            consumer.demand(1)
+            stream = safe(foreign.address)
+            await owner.connection.link.api(f"STREAM.DELETE.{stream}")
+            await until(lambda: any("deleted" in str(t) for t in sink.troubles), "trouble was told", 5)
+            await owner.apply()
+            await until(lambda: sink.troubles[-1] is None, "healed", 5)
+            await consumer.close()
+
+
+async def test_missing_subscription_is_said_at_open(server: NatsServer) -> None:
+    async with rig(server.url, apply=False) as made:
+        with pytest.raises(ResourceMissing):
+            await made.consumer()
+
+
+async def test_no_server_is_a_clear_error() -> None:
+    port = free_port()
+    plan = topology(f"nats://someone:secret@127.0.0.1:{port}")
+    with pytest.raises(BrokerUnavailable, match=f"127.0.0.1:{port}") as caught:
+        await adapter.connect(plan, plan.brokers["main"], name="test", patience=0.5)
+    assert "secret" not in str(caught.value)
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("config", "good", "bad"),
+    [
+        (
+            'authorization { user: "u", password: "p" }',
+            Auth("plain", username="u", password="p"),
+            Auth("plain", username="u", password="no"),
+        ),
+        ('authorization { token: "t" }', Auth("token", token="t"), Auth("token", token="no")),
+    ],
+)
+async def test_credentials(config: str, good: Auth, bad: Auth) -> None:
+    server = NatsServer(config).start()
+    try:
+        plan = topology(server.url, auth=good)
+        async with rig(server.url, plan) as made:
+            await made.publish(made.event())
+        plan = topology(server.url, auth=bad)
+        with pytest.raises(BrokerUnavailable, match="uthorization") as caught:
+            await adapter.connect(plan, plan.brokers["main"], name="test", patience=2)
+        assert "auth" in str(caught.value.hint)
+    finally:
+        server.close()
+
+
+async def test_server_without_jetstream_is_said() -> None:
+    server = NatsServer(jetstream=False).start()
+    try:
+        async with rig(server.url, apply=False) as made:
+            with pytest.raises(BrokerError) as caught:
+                await made.apply()
+            assert "JetStream" in str(caught.value)
+    finally:
+        server.close()
