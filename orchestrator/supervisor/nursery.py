@@ -75,6 +75,7 @@ class Nursery:
             self._entry,
             pass_fds=[theirs.fileno()],
             stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.DEVNULL,
             start_new_session=True,  # a Ctrl-C at the terminal is ours alone
         )
         theirs.close()

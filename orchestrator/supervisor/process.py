@@ -208,7 +208,8 @@ def _exited(life: Life, event: Exited, now: float, limits: Limits) -> Next:
 def _leave(life: Life, event: Leave, now: float, limits: Limits) -> Next:
     if life.state in WAITING:
         return Life(State.ENDED, now, restarts=life.restarts), ()
-    until = now + (limits.drain if event.within is None else min(event.within, limits.drain)) + limits.grace
+    drain = 0.0 if life.state is State.STARTING else limits.drain  # it handles nothing yet
+    until = now + (drain if event.within is None else min(event.within, drain)) + limits.grace
     if life.state is State.DRAINING:
         return replace(life, until=min(life.until, until)), (Action.DRAIN,) if until < life.until else ()
     return replace(life, state=State.DRAINING, since=now, until=until, reason=event.why), (Action.DRAIN,)

@@ -49,8 +49,8 @@ class _Worker:
         if journal.exists():
             self.record("recovered")
             journal.unlink()
-        self.tell({"type": "ready"})
         self.record("ready")
+        self.tell({"type": "ready"})
         return self.serve(do)
 
     def serve(self, do: str) -> int:
