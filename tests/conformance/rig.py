@@ -234,6 +234,8 @@ class Lab:
     def letter(self, delivery: Delivery, **given: Any) -> Outgoing:
         """A dead letter for `delivery`, with the identity that a second try would have too."""
         identity = f"dlq:{delivery.position}"
+        if "correlation-id" in delivery.headers:
+            given.setdefault("correlation_id", delivery.headers["correlation-id"])
         return self.message(
             delivery.event_type or "task.assigned",
             channel="dead",
@@ -305,21 +307,20 @@ class Lab:
         return found[subscription.agent, subscription.channel]
 
     async def close(self) -> None:
+        """Whatever state the test has left it in: with a connection that knows nothing of it."""
         for victim in self.victims:
             await victim.end()
         for reader in self.readers:
             await reader.consumer.close()
-        for observed in sorted(await self.connection.observe(self.desired()), key=lambda o: o.id.kind == "channel"):
-            if observed.owner == self.topology.name:
-                await self._delete(observed)
         for connection in self.connections:
             await connection.close()
-
-    async def _delete(self, observed: Any) -> None:
-        """Whatever state the test has left it in: looked at again first, as the version has to be the newest."""
-        for now in await self.connection.observe(self.desired()):
-            if now.id == observed.id:
-                await self.connection.delete(now)
+        cleaner = await self.rig.adapter.connect(self.topology, self.broker, name="cleaner")
+        found = await cleaner.observe(self.desired())
+        for first in sorted(found, key=lambda one: one.id.kind == "channel"):
+            for now in await cleaner.observe(self.desired()):  # its version may have changed with what was inside
+                if now.id == first.id and now.owner == self.topology.name:
+                    await cleaner.delete(now)
+        await cleaner.close()
 
 
 class Rig:

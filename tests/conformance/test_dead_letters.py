@@ -5,7 +5,7 @@ from __future__ import annotations
 from orchestrator.brokers.base import FRESH
 from orchestrator.topology.model import Retention
 
-from .rig import Rig
+from .rig import Lab, Rig, eventually
 
 
 async def test_a_dead_letter_holds_the_body_and_headers_verbatim(rig: Rig) -> None:
@@ -100,6 +100,10 @@ async def test_an_event_that_failed_before_dies_with_its_letter_alone(rig: Rig) 
         reader.demand(1)
         delivery = await reader.take_one()
         await reader.settle(delivery, lab.letter(delivery))
-        lag = await lab.lag()
-        assert (lag.waiting, lag.in_flight, lag.delayed) == (0, 0, 0)
+        await eventually(lambda: nothing_left(lab), what="a lag of nothing")
         assert len(await lab.letters()) == 1
+
+
+async def nothing_left(lab: Lab) -> bool:
+    lag = await lab.lag()
+    return bool(lag.waiting == lag.in_flight == lag.delayed == 0)
