@@ -10,6 +10,7 @@ from urllib.parse import unquote
 from orchestrator.topology import spec
 from orchestrator.topology.diagnostics import Problems, near
 from orchestrator.topology.model import Auth, Broker, Tls
+from orchestrator.topology.nodes import Map, Scalar
 from orchestrator.topology.shape import Entry
 
 #: URL scheme -> adapter package. "embedded" is NATS; "memory" exists for orchestrator.testing.
@@ -51,22 +52,19 @@ class Address:
 
     scheme: str
     hosts: tuple[str, ...]
-    password: str | None
 
 
 def address(url: str) -> Address:
     """Takes a broker URL apart; several servers stand behind one another with commas. Raises ValueError."""
     if url in ("embedded", "memory"):
-        return Address(url, (), None)
+        return Address(url, ())
     scheme, separator, rest = url.partition("://")
     if not separator or scheme not in SCHEMES or scheme == "embedded":
         raise ValueError(f"`{scheme}://` is no scheme of a broker" if separator else "it is no URL")
-    hosts, password = [], None
+    hosts = []
     for piece in re.split(r"[/?#]", rest, maxsplit=1)[0].split(",") if scheme == "redis+sentinel" else rest.split(","):
         server = re.split(r"[/?#]", piece.removeprefix(f"{scheme}://"), maxsplit=1)[0]
-        login, at, host = server.rpartition("@")
-        if at and ":" in login:
-            password = unquote(login.partition(":")[2])
+        host = server.rpartition("@")[2]
         name, port = re.fullmatch(r"(\[[^\]]*\]|[^:]*)(?::(.*))?", host, re.DOTALL).groups() if host else ("", None)  # type: ignore[union-attr]
         if not name or re.search(r"[\s\x00-\x1f]", name):
             raise ValueError("a host is missing")
@@ -75,7 +73,23 @@ def address(url: str) -> Address:
         ):
             raise ValueError("the port is no number from 1 to 65535")
         hosts.append(host)
-    return Address(scheme, tuple(hosts), password)
+    return Address(scheme, tuple(hosts))
+
+
+def credentials(tree: Map) -> list[str]:
+    """What must never be shown: passwords, tokens and seeds in `brokers:`, secret() or not, right or wrong."""
+    section = tree.get("brokers")
+    found: list[str] = []
+    for _, broker in section if isinstance(section, Map) else ():
+        url, auth = (broker.get("url"), broker.get("auth")) if isinstance(broker, Map) else (None, None)
+        if isinstance(url, Scalar):
+            for password in re.findall(r"[/,][^/,@:]*:([^@/]*)@", url.text):
+                found += [password, unquote(password)]
+        for name in ("password", "token", "seed"):
+            node = auth.get(name) if isinstance(auth, Map) else None
+            if isinstance(node, Scalar) and node.value is not None:
+                found.append(node.text)
+    return [text for text in found if text]
 
 
 def stand_in(name: str) -> Broker:
@@ -83,8 +97,8 @@ def stand_in(name: str) -> Broker:
     return Broker(name=name, url="", kind="unknown")
 
 
-def resolve_broker(entry: Entry[spec.BrokerSpec], secrets: list[str], problems: Problems) -> Broker:
-    """The broker; one that stands in for it when its URL is unusable. Credentials in it are added to `secrets`."""
+def resolve_broker(entry: Entry[spec.BrokerSpec], problems: Problems) -> Broker:
+    """The broker; one that stands in for it when its URL is unusable."""
     said = entry.spec
     if said.url is None:
         if not entry.given("url"):
@@ -99,26 +113,22 @@ def resolve_broker(entry: Entry[spec.BrokerSpec], secrets: list[str], problems: 
         return stand_in(entry.name)
     kind = SCHEMES[found.scheme]
     folder = entry.node.source.folder
-    secrets += [s for s in (found.password,) if s]
     return Broker(
         name=entry.name,
         url=said.url,
         kind=kind,
         prefix=said.prefix or "",
-        auth=_auth(entry, kind, folder, secrets, problems),
+        auth=_auth(entry, kind, folder, problems),
         tls=_tls(said.tls, folder),
         cluster_id=said.cluster_id,
         client=said.client or {},
     )
 
 
-def _auth(
-    entry: Entry[spec.BrokerSpec], kind: str, folder: Path, secrets: list[str], problems: Problems
-) -> Auth | None:
+def _auth(entry: Entry[spec.BrokerSpec], kind: str, folder: Path, problems: Problems) -> Auth | None:
     said = entry.spec.auth
     if said is None:
         return None
-    secrets += [s for s in (said.password, said.token, said.seed) if s]
     if said.mechanism is None:
         if "auth" not in entry.dropped:
             choices = " | ".join(_SPEAKS[kind])

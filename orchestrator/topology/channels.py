@@ -35,11 +35,11 @@ class Channels:
         return "*" in self.doubts or pattern.split(".")[0] in self.doubts
 
 
-def resolve_brokers(document: Document, secrets: list[str], problems: Problems) -> dict[str, Broker]:
+def resolve_brokers(document: Document, problems: Problems) -> dict[str, Broker]:
     """Every broker by name; one embedded NATS when the file names none."""
     if document.brokers or document.broken.get("brokers") or "brokers" in document.unreadable:
         out = {name: stand_in(name) for name in document.broken.get("brokers", ())}
-        return out | {n: resolve_broker(entry, secrets, problems) for n, entry in document.brokers.items()}
+        return out | {n: resolve_broker(entry, problems) for n, entry in document.brokers.items()}
     return {EMBEDDED.name: EMBEDDED}
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from orchestrator.topology import show
 from orchestrator.topology.agents import Agents
+from orchestrator.topology.brokers import credentials
 from orchestrator.topology.channels import resolve_brokers, resolve_channels
 from orchestrator.topology.diagnostics import Diagnostic, Problems, TopologyError
 from orchestrator.topology.document import Document, build
@@ -70,7 +71,9 @@ def load(
     if tree is not None:
         declare(tree, inputs, problems)
         files.read += give(inputs, sets, vars_files, problems)
-        document = build(expand(tree, renderer), problems)
+        tree = expand(tree, renderer)
+        inputs.secrets += credentials(tree)
+        document = build(tree, problems)
         topology = _resolve(document, files, inputs, problems)
         if not problems.errors:
             lint(topology, document, problems, abilities)
@@ -93,7 +96,7 @@ def _resolve(document: Document, files: Files, inputs: Inputs, problems: Problem
             expected="metadata: {name: …}",
         )
     schemas = Schemas(problems)
-    brokers = resolve_brokers(document, inputs.secrets, problems)
+    brokers = resolve_brokers(document, problems)
     channels = resolve_channels(document, name, brokers, schemas, problems)
     agents = Agents(document, name, brokers, channels, problems).resolve()
     letters = {a.dead_letter for a in agents.values() if a.dead_letter}

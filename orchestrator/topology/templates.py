@@ -100,6 +100,7 @@ class Renderer:
         self.inputs = inputs
         self.problems = problems
         self.runs = 0
+        self.failures = 0
 
     def render(self, node: Node, scope: Mapping[str, Any] | None = None) -> Node:
         """`node` with every template below it filled in; `scope` holds the for_each variables."""
@@ -158,13 +159,14 @@ class Renderer:
             return graft(value, node)
         finally:
             self.inputs.used = outer + self.inputs.used
+        self.failures += 1
         return Broken(node.source, node.line, node.column)
 
     def default(self, node: Node) -> Any:
-        """The value of a variable's default. Raises InputError when a template in it fails, after reporting why."""
-        before = len(self.problems.found)
+        """The value of a variable's default. Raises FollowUp when a template in it failed, which was reported."""
+        before = self.failures
         value = plain(self.render(node))
-        if len(self.problems.found) > before:
+        if self.failures > before:
             raise FollowUp
         return value
 

@@ -52,6 +52,7 @@ class Inputs:
     evaluate: Callable[[Node], Any] | None = None  # renders a default; set by the loader
     used: list[str] = field(default_factory=list)  # secret texts that went into the template being rendered
     _values: dict[str, Any] = field(default_factory=dict)
+    _pending: set[str] = field(default_factory=set)  # defaults being evaluated
     _failed: set[str] = field(default_factory=set)
     _tainted: set[str] = field(default_factory=set)  # variables whose default holds a secret
 
@@ -88,9 +89,17 @@ class Inputs:
             )
         if name in self._failed:
             raise FollowUp
-        self._failed.add(name)  # until it has a value: a default that asks for itself ends here
+        if name in self._pending:
+            raise InputError("variable-loop", f"the default of `{name}` asks for `{name}` itself")
+        self._pending.add(name)
         before = len(self.used)
-        self._values[name] = self.evaluate(entry.default)
+        try:
+            self._values[name] = self.evaluate(entry.default)
+        except FollowUp:
+            self._failed.add(name)
+            raise
+        finally:
+            self._pending.discard(name)
         if len(self.used) > before:
             self._tainted.add(name)
         return self._values[name]
