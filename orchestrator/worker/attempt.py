@@ -31,7 +31,7 @@ _FOREVER = float("inf")
 
 
 class Stage(IntEnum):
-    MARKING = 0  # taken, but not started
+    HELD = 0  # in our hands, not started
     RUNNING = 1
     SETTLING = 2
     ENDED = 3
@@ -74,7 +74,7 @@ class Attempt:
         self.delivery = delivery
         self.history = delivery.history
         self.slot = slot
-        self.stage = Stage.MARKING
+        self.stage = Stage.HELD
         self.event: AgentEvent | None = None
         self.task: asyncio.Task[None] | None = None
         self.stop_reason: Stop | None = None
@@ -90,6 +90,10 @@ class Attempt:
         self._refused: Callable[[BaseException], None] | None = None
 
     # --- running ----------------------------------------------------------------------------------------------
+
+    def hold(self) -> None:
+        """It has to wait; should this process die meanwhile, its successor gives the event back at once."""
+        self.runtime.journal.begin(self.slot, State.HELD, self.port.code, self.delivery.token)
 
     def start(self, state: State) -> None:
         """Runs the handler, or ends at once when the event is not for it. The journal knows before anything else."""
@@ -339,9 +343,7 @@ class Attempt:
 
     def has_returned(self) -> None:
         """From here on a crash is not the handler's."""
-        if self.stage is Stage.MARKING:
-            self.runtime.journal.begin(self.slot, State.RETURNED, self.port.code, self.delivery.token)
-        elif self.stage is Stage.RUNNING:
+        if self.stage is Stage.RUNNING:
             self.runtime.journal.set(self.slot, State.RETURNED)
         self.stage = Stage.SETTLING
         self.deadline = _FOREVER

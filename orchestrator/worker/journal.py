@@ -34,6 +34,7 @@ class State(IntEnum):
     STARTED_ALONE = 2
     BLAMED = 3
     RETURNED = 4
+    HELD = 5  # waits for its turn
 
 
 _ENDED: dict[int, Ended] = {
@@ -41,6 +42,7 @@ _ENDED: dict[int, Ended] = {
     State.STARTED_ALONE: Ended.STARTED_ALONE,
     State.BLAMED: Ended.BLAMED,
     State.RETURNED: Ended.RETURNED,
+    State.HELD: Ended.RETURNED,
 }
 
 

@@ -26,6 +26,7 @@ from orchestrator.worker.control import Control
 from orchestrator.worker.guardian import REPLACE_ME, Guardian, Vitals
 from orchestrator.worker.requests import Requests
 from orchestrator.worker.runtime import Runtime
+from orchestrator.worker.slots import records
 from orchestrator.worker.spec import WorkerSpec
 
 DRAINED, CRASHED, NOT_LOADED = 0, 70, 78
@@ -228,14 +229,14 @@ async def assemble(
         handler,
         producers=producers,
         requests=Requests(connections.get),
-        journal=journal.Journal(agent.concurrency),
+        journal=journal.Journal(records(agent)),
         reports=reports,
         log=log,
         **more,
     )
     try:
         await runtime.open(consumers, left)
-        runtime.journal = journal.Journal.create(spec.journal, agent.concurrency)
+        runtime.journal = journal.Journal.create(spec.journal, records(agent))
     except BaseException:
         await runtime.close()
         raise

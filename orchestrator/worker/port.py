@@ -43,10 +43,10 @@ class Port(Sink):
     # --- Sink -------------------------------------------------------------------------------------------------
 
     def deliver(self, deliveries: Sequence[Delivery]) -> None:
-        self._runtime.admit(self, deliveries)
+        self._runtime.slots.admit(self, deliveries)
 
     def revoked(self, deliveries: Sequence[Delivery]) -> None:
-        self._runtime.revoke(self, {delivery.position for delivery in deliveries})
+        self._runtime.slots.revoke(self, {delivery.position for delivery in deliveries})
 
     def trouble(self, reason: str | None) -> None:
         self.troubled = reason

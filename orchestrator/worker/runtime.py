@@ -1,24 +1,20 @@
 """One worker of one agent: takes what its consumers deliver, runs the handler within its slots, settles.
 
-Walk "an event that dies": Consumer -> here -> policy.before_run -> Attempt -> endings. It never names a broker.
-
-Slots. `concurrency` events are in flight at most, over all subscriptions; each consumer is told the free slots and
-fetches no more. A suspect (policy: alone) waits until everything else has ended, runs by itself, and then the others go
-on; what arrived meanwhile is given back. Timeouts are one sweep over the slots, not a timer for each event.
+Walk "an event that dies": Consumer -> Port -> Slots -> Attempt -> endings; here is what they share, and how it all
+starts and stops. No broker is named. Timeouts are one sweep over the running attempts, not a timer for each event.
 """
 
 from __future__ import annotations
 
 import asyncio
 import random
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from orchestrator import clock, wire
-from orchestrator.brokers.base import FRESH, Consumer, Delivery, Done, Ended, History, Left, Outgoing, Producer
+from orchestrator import wire
+from orchestrator.brokers.base import Consumer, Done, Ended, History, Left, Outgoing, Producer
 from orchestrator.errors import OrchestratorError
 from orchestrator.topology.model import Agent, Subscription, Topology
 from orchestrator.worker import endings, policy
@@ -27,6 +23,7 @@ from orchestrator.worker.handlers import Loaded
 from orchestrator.worker.journal import Journal, Record, State
 from orchestrator.worker.port import Port
 from orchestrator.worker.requests import Requests
+from orchestrator.worker.slots import Slots
 
 #: Seconds that a cancelled handler gets to stop before its worker is replaced.
 GRACE = 10.0
@@ -92,21 +89,15 @@ class Runtime:
         self.letters = topology.channels[agent.dead_letter] if agent.dead_letter else None
         self.only_type = _only_type(agent)
         self.ports: list[Port] = []
+        self.slots = Slots(self)
         self.is_paused = False
         self._draining = False
-        self._attempts: list[Attempt | None] = [None] * agent.concurrency
-        self._free = list(range(agent.concurrency))
-        self._waiting: deque[tuple[Port, Delivery]] = deque()
-        self._alone: Attempt | None = None
-        self._suspect = False  # the first in _waiting must run alone and waits for the slots to empty
         self._dirty: list[Attempt] = []
-        self._demand_due = False
         self._sweeping = False
         self._sweep_every = min(0.5, max(0.02, agent.timeout / 10))
         self._swept = 0.0
         self._stuck = 0  # attempts that will not stop
-        self._idle = asyncio.Event()  # nothing else is in flight
-        self._idle.set()
+        self._idle = asyncio.Event()  # set when nothing else is in flight; somebody who waits clears it
         self._pool = ThreadPoolExecutor(agent.concurrency, thread_name_prefix=agent.name) if handler.threaded else None
 
     # --- starting and stopping --------------------------------------------------------------------------------
@@ -127,27 +118,32 @@ class Runtime:
 
     def go(self) -> None:
         """Starts fetching."""
-        self._tell_demand()
+        self.slots.tell_demand()
 
     def pause(self, reason: str | None = None) -> None:
         """Fetches no more; what runs goes on. With a `reason` it is the worker itself that pauses, and says so."""
         if not self.is_paused:
             self.is_paused = True
-            self._tell_demand()
-            self._release_waiting()
+            self._shut()
             if reason is not None:
                 self.reports.paused(reason)
 
     def resume(self) -> None:
         self.is_paused = False
-        self._tell_demand()
+        if not self._draining:
+            self.slots.open = True
+            self.slots.tell_demand()
+
+    def _shut(self) -> None:
+        self.slots.open = False
+        self.slots.tell_demand()
+        self.slots.release_waiting()
 
     async def drain(self, timeout: float) -> None:
         """Gives back what has not started, lets what runs end within `timeout` seconds, then cancels it and gives it
         back uncounted. Doing it twice is harmless."""
         self._draining = True
-        self._tell_demand()
-        self._release_waiting()
+        self._shut()
         await asyncio.gather(*(port.consumer.drain() for port in self.ports))
         if await self.emptied(timeout):
             return
@@ -169,6 +165,7 @@ class Runtime:
         """Waits until nothing is in flight but what will not stop; False when it takes longer than `timeout`."""
         if self.in_flight <= self._stuck:
             return True
+        self._idle.clear()
         try:
             async with asyncio.timeout(timeout):
                 await self._idle.wait()
@@ -180,7 +177,8 @@ class Runtime:
 
     @property
     def in_flight(self) -> int:
-        return self.agent.concurrency - len(self._free)
+        """Events in this worker's hands."""
+        return self.slots.taken
 
     @property
     def troubled(self) -> str | None:
@@ -189,137 +187,19 @@ class Runtime:
 
     def running(self) -> list[Attempt]:
         """The attempts whose handler is running."""
-        return [a for a in self._attempts if a is not None and a.stage is Stage.RUNNING]
+        return [a for a in self.slots.attempts if a is not None and a.stage is Stage.RUNNING]
 
     def trouble_changed(self) -> None:
         self.reports.trouble(self.troubled)
 
-    def on_crash(self, history: History, ended: Ended, only_one: bool) -> History:
-        return policy.on_crash(history, ended, only_one)
-
-    # --- admission --------------------------------------------------------------------------------------------
-
-    def admit(self, port: Port, deliveries: Sequence[Delivery]) -> None:
-        """What a consumer delivers. The usual case starts at once; everything else goes through the policy."""
-        if self._draining or self.is_paused:
-            port.consumer.release(deliveries)
-            return
-        for delivery in deliveries:
-            if (
-                delivery.history is FRESH
-                and not delivery.redelivered
-                and self._free
-                and not self._waiting
-                and self._alone is None
-            ):
-                self._take(port, delivery).start(State.STARTED)
-            else:
-                self._waiting.append((port, delivery))
-        if self._waiting:
-            self._admit_waiting()
-        self._demand_later()
-
-    def _admit_waiting(self) -> None:
-        self._suspect = False
-        while self._waiting and self._free and self._alone is None and not (self._draining or self.is_paused):
-            port, delivery = self._waiting[0]
-            decision = policy.before_run(delivery.history, delivery.redelivered, self.agent.retry, clock.now())
-            if isinstance(decision, policy.Run) and decision.alone and self.in_flight:
-                self._suspect = True
-                self._release_waiting(keep=1)
-                return
-            self._waiting.popleft()
-            attempt = self._take(port, delivery)
-            if isinstance(decision, policy.Wait):
-                endings.retry(attempt, delivery.history, decision.delay)
-            elif isinstance(decision, policy.DeadLetter):
-                self._begin_unrun(attempt)
-                endings.crashed(attempt, decision)
-            else:
-                self._run(attempt, decision)
-
-    def _run(self, attempt: Attempt, decision: policy.Run) -> None:
-        state = State.STARTED
-        if decision.alone:
-            state, self._alone = State.STARTED_ALONE, attempt
-            self._release_waiting()  # it may take as long as a timeout, or end this process
-        if decision.mark is None:
-            attempt.start(state)
-            return
-        attempt.history = decision.mark
-
-        def marked(error: BaseException | None) -> None:
-            if error is not None or attempt.stage is not Stage.MARKING:
-                attempt.end()
-            elif attempt.stop_reason is not None or self._draining:
-                endings.give_back(attempt)
-            else:
-                attempt.start(state)
-
-        attempt.port.consumer.mark(attempt.delivery, decision.mark, marked)
-
-    def _begin_unrun(self, attempt: Attempt) -> None:
-        """A dead letter without a run still tells whose event it is, when that can be read."""
-        try:
-            attempt.event = attempt.port.read(attempt.delivery)
-        except OrchestratorError:
-            attempt.event = None
-
-    def _take(self, port: Port, delivery: Delivery) -> Attempt:
-        slot = self._free.pop()
-        attempt = self._attempts[slot] = Attempt(self, port, delivery, slot)
-        self._idle.clear()
-        return attempt
-
     def ended(self, attempt: Attempt) -> None:
         """An attempt leaves its slot."""
-        self.journal.set(attempt.slot, State.FREE)
-        self._attempts[attempt.slot] = None
-        self._free.append(attempt.slot)
-        if self._alone is attempt:
-            self._alone = None
-        if self._waiting:
-            self._admit_waiting()
+        self.slots.leave(attempt)
         if self.in_flight <= self._stuck:
             self._idle.set()
-        self._demand_later()
 
-    def revoke(self, port: Port, positions: set[str]) -> None:
-        """No longer ours: waiting ones are forgotten, running ones stop without being settled."""
-        self._waiting = deque((p, d) for p, d in self._waiting if p is not port or d.position not in positions)
-        for attempt in self._attempts:
-            if attempt is None or attempt.port is not port or attempt.delivery.position not in positions:
-                continue
-            if attempt.stage is Stage.RUNNING:
-                attempt.stop(Stop.REVOKED)
-            elif attempt.stage is Stage.MARKING:
-                attempt.end()
-        if self._waiting:
-            self._admit_waiting()
-        self._demand_later()
-
-    def _release_waiting(self, keep: int = 0) -> None:
-        """Gives back what has not started, but for the first `keep`."""
-        while len(self._waiting) > keep:
-            port, delivery = self._waiting.pop()
-            port.consumer.release([delivery])
-
-    # --- demand -----------------------------------------------------------------------------------------------
-
-    def _demand_later(self) -> None:
-        if not self._demand_due:
-            self._demand_due = True
-            self.loop.call_soon(self._tell_demand)
-
-    def _tell_demand(self) -> None:
-        """With several subscriptions each gets a share, at least one slot: what comes too many waits here."""
-        self._demand_due = False
-        free = len(self._free) - len(self._waiting)
-        if self.is_paused or self._draining or self._alone is not None or self._suspect or free < 0:
-            free = 0
-        share = max(1, free // len(self.ports)) if free else 0
-        for port in self.ports:
-            port.consumer.demand(share)
+    def on_crash(self, history: History, ended: Ended, only_one: bool) -> History:
+        return policy.on_crash(history, ended, only_one)
 
     # --- publishing -------------------------------------------------------------------------------------------
 
@@ -383,8 +263,7 @@ class Runtime:
         attempt.deadline = float("inf")
         self._stuck += 1
         self._draining = True
-        self._tell_demand()
-        self._release_waiting()
+        self._shut()
         if self.in_flight <= self._stuck:
             self._idle.set()
         event = attempt.require_event()
