@@ -236,7 +236,8 @@ def _put(fields: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
         inner = fields.setdefault(name, {})
         if not isinstance(inner, dict):
             raise OrchestratorError(
-                f"cannot set {'.'.join(path)}: {name} is {type(inner).__name__}", hint=f"set {name} as a whole, as JSON"
+                f"cannot set {'.'.join(path)}: {name} is {type(inner).__name__}, not an object",
+                hint=f"set {name} as a whole, as JSON",
             )
         fields = inner
     fields[path[-1]] = value

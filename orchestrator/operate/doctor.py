@@ -49,7 +49,7 @@ async def brokers(topology: Topology) -> AsyncIterator[tuple[str, list[Fact]]]:
         for broker in topology.brokers.values():
             try:
                 connection = await connections.get(broker.name)
-                facts = [Fact("cluster id", await connection.cluster_id()), *await connection.facts()]
+                facts = await connection.facts()
             except OrchestratorError as error:
                 facts = [Fact("reachable", topology.redact(error.message), "error", error.hint or "")]
             yield f"{broker.name} ({broker.kind}, {broker_url(broker)})", facts

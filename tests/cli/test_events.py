@@ -1,0 +1,145 @@
+"""publish, request, tail, trace, replay: right and wrong."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import pytest
+
+from tests.cli.conftest import TOPOLOGY
+from tests.cli.rig import Folder, Foreground, wait
+
+
+@pytest.fixture
+def applied(folder: Folder) -> Folder:
+    folder.ok("apply", "--yes", "--no-workers")
+    return folder
+
+
+@pytest.fixture
+def running(folder: Folder) -> Folder:
+    folder.ok("apply", "--yes", "-d")
+    return folder
+
+
+def everything(folder: Folder) -> list[dict[str, object]]:
+    out = folder.ok("tail", "--from", "earliest", "--no-follow", "-o", "json").out
+    return [json.loads(line) for line in out.splitlines()]
+
+
+def test_publish_takes_json_a_file_and_stdin(applied: Folder) -> None:
+    applied.write("order.json", '{"item": "file"}')
+    applied.ok("publish", "order.placed", '{"item": "argument"}', "--id", "one", "--correlation-id", "c", "--key", "k")
+    applied.ok("publish", "order.placed", "@order.json", "--target", "pack")
+    done = applied.ok("publish", "order.placed", "-", "-o", "json", stdin='{"item": "stdin"}')
+    assert done.json["event"]["payload"] == {"item": "stdin"}
+    found = everything(applied)
+    assert [e["payload"] for e in found] == [{"item": "argument"}, {"item": "file"}, {"item": "stdin"}]
+    assert (found[0]["event_id"], found[0]["correlation_id"]) == ("one", "c")
+    assert found[1]["target_agent"] == "pack"
+
+
+def test_the_same_id_twice_takes_effect_once(applied: Folder) -> None:
+    applied.ok("publish", "parcel.packed", "{}", "--id", "one")
+    applied.ok("publish", "parcel.packed", "{}", "--id", "one")
+    assert len(everything(applied)) == 1
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (["order.placed", "{"], "is not JSON"),
+        (["order.placed", "[1]"], "instead of an object"),
+        (["order.placed", "@nowhere.json"], "nowhere.json"),
+        (["order.placed", '{"thing": 1}'], "item"),
+        (["weather.changed", "{}"], "no channel routes the event type 'weather.changed'"),
+        (["order.placed\r\nX: y", '{"item": 1}'], "cannot be an event type"),
+    ],
+    ids=["no JSON", "no object", "no file", "breaks its schema", "nothing routes it", "hostile type"],
+)
+def test_a_wrong_publish_is_refused_and_publishes_nothing(applied: Folder, args: list[str], expected: str) -> None:
+    said = applied.refused("publish", *args)
+    assert expected in said
+    assert everything(applied) == []
+
+
+def test_publish_before_apply_says_what_is_missing(folder: Folder) -> None:
+    said = folder.refused("publish", "parcel.packed", "{}")
+    assert "orchestrator apply" in said
+
+
+def test_request_prints_the_reply_and_times_out_with_a_hint(running: Folder) -> None:
+    assert running.ok("request", "order.placed", '{"item": "book"}').json == {"item": "book"}
+    reply = running.ok("request", "order.placed", '{"item": "book"}', "-o", "json").json["reply"]
+    assert reply["event_type"] == "order.placed.reply"
+    running.ok("stop")
+    assert "status" in running.refused("request", "order.placed", '{"item": "book"}', "--timeout", "300ms")
+    assert "not a duration" in running.refused("request", "order.placed", "{}", "--timeout", "soon")
+
+
+def test_tail_follows_without_disturbing_anyone(applied: Folder, start: Callable[..., Foreground]) -> None:
+    applied.ok("publish", "parcel.packed", '{"n": "before"}')
+    tail = start("tail", "parcel.*", "-o", "json")
+    missed = 0
+
+    def heard() -> bool:  # tail has no word for "I listen now": publish until it hears
+        nonlocal missed
+        missed += 1
+        applied.ok("publish", "parcel.packed", json.dumps({"n": missed}))
+        return '"n":' in tail.said
+
+    wait(heard, "tail heard nothing")
+    applied.ok("publish", "order.placed", '{"item": "book"}')
+    assert '"before"' not in tail.said
+    assert tail.interrupt() == 130
+    assert "order.placed" not in tail.said
+    lag = applied.ok("plan", "-o", "json").json
+    assert lag["pending"] is False
+
+
+def test_tail_selects(applied: Folder) -> None:
+    applied.ok("publish", "parcel.packed", "{}", "--correlation-id", "a")
+    applied.ok("publish", "order.placed", '{"item": 1}', "--correlation-id", "b")
+    applied.ok("publish", "order.placed", '{"item": 2}', "--correlation-id", "a")
+    base = ("tail", "--from", "1h", "--no-follow", "-o", "json")
+    assert len(applied.ok(*base, "order.*").out.splitlines()) == 2
+    assert len(applied.ok(*base, "--channel", "parcels").out.splitlines()) == 1
+    assert len(applied.ok(*base, "--correlation-id", "a").out.splitlines()) == 2
+    assert len(applied.ok(*base, "-n", "1").out.splitlines()) == 1
+    assert "the channels are: orders, parcels" in applied.refused("tail", "--channel", "nowhere")
+    assert "not a time" in applied.refused("tail", "--from", "yesterday")
+
+
+def test_trace_draws_what_caused_what(running: Folder) -> None:
+    running.ok("publish", "order.placed", '{"item": "book"}', "--correlation-id", "one", "--id", "cause")
+    wait(lambda: "parcel.packed" in running.run("trace", "one").out, "the order was not packed")
+    drawn = running.ok("trace", "one").out.splitlines()
+    assert drawn[0].startswith("order.placed")
+    assert drawn[1].startswith("└─ parcel.packed  pack")
+    events = running.ok("trace", "one", "-o", "json").json["events"]
+    assert [(e["event_type"], e["causation_id"]) for e in events] == [
+        ("order.placed", None),
+        ("parcel.packed", "cause"),
+    ]
+    assert "nothing is stored" in running.refused("trace", "nothing")
+
+
+def test_replay_lets_an_agent_handle_events_again(running: Folder) -> None:
+    running.ok("publish", "order.placed", '{"item": "book"}', "--id", "one")
+
+    def handled() -> int:
+        return int(running.ok("status", "-o", "json").json["agents"][0]["handled"])
+
+    wait(lambda: handled() == 1, "the order was not handled")
+    running.ok("replay", "pack", "--from", "earliest", "--yes")
+    wait(lambda: handled() == 2, "the order was not handled again")
+    assert "--yes" in running.refused("replay", "pack", "--from", "earliest", code=2)
+    assert "the agents are: pack" in running.refused("replay", "nobody", "--from", "earliest", "--yes")
+    assert "not a time" in running.refused("replay", "pack", "--from", "noon", "--yes")
+
+
+def test_a_queue_cannot_be_replayed(folder: Folder) -> None:
+    folder.write("topology.yaml", TOPOLOGY.replace("mode: log, schemas", "mode: queue, schemas"))
+    folder.ok("apply", "--yes", "--no-workers")
+    assert "mode: log" in folder.refused("replay", "pack", "--from", "earliest", "--yes")

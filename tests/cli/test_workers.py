@@ -1,0 +1,147 @@
+"""What talks to a supervisor: apply -d, hand-over, status, scale, pause, restart, logs, stop, dev; right and wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.cli.conftest import AGENTS, TOPOLOGY
+from tests.cli.rig import Folder, Foreground, wait
+
+Start = Callable[..., Foreground]
+
+
+def agent(folder: Folder, name: str = "pack") -> dict[str, object]:
+    found = {a["name"]: a for a in folder.ok("status", "-o", "json").json["agents"]}
+    return dict(found[name])
+
+
+def test_without_a_supervisor_every_command_says_how_to_start_one(folder: Folder) -> None:
+    for command in (["status"], ["stop"], ["restart"], ["scale", "pack", "2"], ["pause", "pack"], ["resume", "pack"]):
+        done = folder.run(*command, "-o", "json")
+        assert (done.code, done.out) == (1, ""), command
+        assert "orchestrator apply starts one" in done.err
+
+
+def test_a_detached_supervisor_from_start_to_stop(folder: Folder) -> None:
+    folder.ok("apply", "--yes", "-d")
+    status = folder.ok("status", "-o", "json").json
+    assert (status["version"], status["topology"], status["state"]) == (1, "shop", "running")
+    wanted = {"name", "state", "replicas", "ready", "restarts", "lag", "in_flight", "oldest_s", "dead"}
+    assert wanted <= status["agents"][0].keys()
+    assert "pack" in folder.ok("status").out
+
+    folder.ok("publish", "order.placed", '{"item": "book"}', "--correlation-id", "one")
+    wait(lambda: "parcel.packed" in folder.run("trace", "one").out, "the order was not packed")
+
+    folder.ok("scale", "pack", "2")
+    assert agent(folder)["ready"] == 2
+    assert "the agents are pack" in folder.refused("scale", "nobody", "2")
+
+    before = agent(folder)["pids"]
+    folder.ok("restart", "pack")
+    assert not set(before) & set(agent(folder)["pids"])  # type: ignore[call-overload]
+
+    folder.ok("pause", "pack")
+    assert agent(folder)["state"] == "paused"
+    folder.ok("publish", "order.placed", '{"item": "lamp"}', "--correlation-id", "two")
+    folder.ok("resume", "pack")
+    wait(lambda: "parcel.packed" in folder.run("trace", "two").out, "the order was not packed after the pause")
+
+    assert "pack.0 is ready" in folder.ok("logs").out
+    assert "there is no agent 'nobody'" in folder.refused("logs", "nobody")
+    folder.ok("stop")
+    assert folder.state() == "none"
+
+
+def test_apply_hands_an_edit_over_to_the_running_supervisor(folder: Folder) -> None:
+    folder.ok("apply", "--yes", "-d")
+    folder.write("topology.yaml", TOPOLOGY.replace("handler: agents:pack", "handler: agents:pack\n    replicas: 2"))
+    plan = folder.ok("plan", "-o", "json").json
+    assert [(w["action"], w["agent"]) for w in plan["workers"]] == [("update", "pack")]
+    done = folder.ok("apply", "--yes")
+    assert "the running supervisor has taken it over" in done.err
+    assert agent(folder)["ready"] == 2
+    assert folder.ok("plan", "-o", "json").json["workers"] == []
+
+
+def test_a_handler_that_does_not_import_is_named_and_the_old_goes_on(folder: Folder) -> None:
+    folder.ok("apply", "--yes", "-d")
+    before = agent(folder)["pids"]
+    folder.write("agents.py", "import nonsense_module\n")
+    said = folder.refused("apply", "--yes")
+    assert "pack does not start" in said
+    assert "nonsense_module" in said
+    assert agent(folder)["pids"] == before
+
+
+def test_a_first_apply_with_a_handler_that_does_not_import_fails(folder: Folder) -> None:
+    folder.write("agents.py", "import nonsense_module\n")
+    said = folder.refused("apply", "--yes", "-d")
+    assert "pack" in said
+    assert "nonsense_module" in said
+    assert "orchestrator stop" in said
+    folder.ok("stop")
+
+
+def test_ctrl_c_in_the_foreground_drains_and_exits_with_0(folder: Folder, start: Start) -> None:
+    running = start("apply", "--yes")
+    running.wait_for("pack.0 is ready")
+    folder.ok("publish", "order.placed", '{"item": "book"}', "--correlation-id", "one")
+    wait(lambda: "parcel.packed" in folder.run("trace", "one").out, "the order was not packed")
+    assert running.interrupt() == 0
+    assert "Traceback" not in running.said
+    assert folder.state() == "none"
+
+
+def test_two_supervisors_are_one_too_many(folder: Folder, start: Start) -> None:
+    start("apply", "--yes").wait_for("pack.0 is ready")
+    said = folder.refused("dev")
+    assert "a supervisor already runs the topology 'shop'" in said
+    assert "orchestrator stop" in said
+    pids = agent(folder)["pids"]
+    folder.ok("apply", "--yes")  # not a second one: the edit (none) is handed over
+    assert agent(folder)["pids"] == pids
+
+
+def test_dev_follows_edits_and_keeps_the_last_good_running(folder: Folder, start: Start) -> None:
+    dev = start("dev")
+    dev.wait_for("watching")
+    dev.wait_for("pack.0 is ready")
+    folder.write("topology.yaml", TOPOLOGY + "nonsense: [\n")
+    dev.wait_for("what ran before goes on")
+    assert "topology.yaml:" in dev.said
+    assert folder.path.joinpath(".orchestrator").exists()
+
+    folder.write("topology.yaml", TOPOLOGY.replace("handler: agents:pack", "handler: agents:pack\n    replicas: 2"))
+    dev.wait_for("the edit is running")
+    assert agent(folder)["ready"] == 2
+
+    folder.write("agents.py", "import nonsense_module\n")
+    dev.wait_for("what ran before goes on", 2)
+    assert "nonsense_module" in dev.said
+    assert agent(folder)["ready"] == 2
+
+    folder.write("agents.py", AGENTS.replace('return {"item": event.payload["item"]}', 'return {"item": "a surprise"}'))
+    dev.wait_for("the edit is running", 2)
+    folder.ok("publish", "order.placed", '{"item": "book"}', "--correlation-id", "one")
+    wait(lambda: "surprise" in folder.run("tail", "--from", "earliest", "--no-follow").out, "the old code still runs")
+    assert dev.interrupt() == 0
+
+
+def test_destroy_stops_the_workers_first(folder: Folder) -> None:
+    folder.ok("apply", "--yes", "-d")
+    folder.ok("destroy", "--yes")
+    assert folder.state() == "none"
+    assert {o["action"] for o in folder.ok("plan", "-o", "json").json["operations"]} == {"create"}
+
+
+def test_the_control_socket_is_for_its_owner_alone(folder: Folder) -> None:
+    folder.ok("apply", "--yes", "-d")
+    state = folder.path / ".orchestrator"
+    socket = Path(json.loads((state / "supervisor.json").read_text())["socket"])
+    assert os.stat(socket).st_mode & 0o777 == 0o600
+    assert os.stat(socket.parent).st_mode & 0o777 == 0o700
+    assert os.stat(state).st_mode & 0o777 == 0o700
