@@ -16,10 +16,11 @@ from redis.exceptions import AuthenticationError
 from orchestrator import clock
 from orchestrator.brokers import base as border
 from orchestrator.brokers.base import Capabilities, Connection, Desired, Fact, Lag, Observed, Outgoing, Start, Stored
-from orchestrator.brokers.redis import resources, scripts
+from orchestrator.brokers.redis import resource_scripts, resources
 from orchestrator.brokers.redis.consumer import LEASE, RedisConsumer
+from orchestrator.brokers.redis.entries import fields, parse
 from orchestrator.brokers.redis.link import Link, base
-from orchestrator.brokers.redis.producer import Pump, RedisProducer, Replies, Source, fields, is_queue, parse
+from orchestrator.brokers.redis.producer import Pump, RedisProducer, Replies, Source, is_queue
 from orchestrator.brokers.redis.resources import Resources
 from orchestrator.errors import BrokerError, BrokerUnavailable, ResourceMissing
 from orchestrator.topology.model import Broker, Channel, Mode, Subscription, Topology, matches
@@ -149,7 +150,7 @@ class RedisConnection(Connection):
 
     async def redrive(self, subscription: Subscription, message: Outgoing) -> None:
         inbox = self._source(subscription).key("inbox")
-        await self.link.script(scripts.REDRIVE, [inbox], subscription.group, *fields(message))
+        await self.link.script(resource_scripts.REDRIVE, [inbox], subscription.group, *fields(message))
 
     async def lag(self, subscriptions: Sequence[Subscription]) -> Mapping[tuple[str, str], Lag]:
         found: dict[tuple[str, str], Lag] = {}
@@ -182,7 +183,7 @@ class RedisConnection(Connection):
     async def count(self, channel: Channel) -> int:
         age = 0 if channel.external else int((channel.retention.max_age or 0) * 1000)
         args = (channel.address, base(channel.address), age, int(is_queue(channel)))
-        found = int(await self.link.script(scripts.TEND, [channel.address], *args))
+        found = int(await self.link.script(resource_scripts.TEND, [channel.address], *args))
         if found < 0:
             raise ResourceMissing(f"the stream {channel.address} does not exist", hint="run `orchestrator apply`")
         return found

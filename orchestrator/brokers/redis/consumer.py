@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import os
 import socket
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from redis.asyncio import Redis
@@ -22,9 +21,11 @@ from redis.exceptions import NoScriptError
 
 from orchestrator.brokers.base import FRESH, Consumer, Delivery, Done, Ended, History, Left, Outgoing, Sink
 from orchestrator.brokers.redis import scripts
+from orchestrator.brokers.redis.entries import parse, type_in
 from orchestrator.brokers.redis.link import ERRORS, passing
-from orchestrator.brokers.redis.producer import Op, Pump, Source, is_queue, parse, refusal
-from orchestrator.errors import BrokerError, BrokerUnavailable, ResourceMissing
+from orchestrator.brokers.redis.producer import Op, Source
+from orchestrator.brokers.redis.settling import Holdings, RedisDelivery
+from orchestrator.errors import BrokerError, ResourceMissing
 from orchestrator.topology.model import Channel, Subscription, matches
 
 if TYPE_CHECKING:
@@ -35,40 +36,23 @@ BLOCK = 0.25  # seconds a read waits; what is due later than that is noticed by 
 _log = logging.getLogger(__name__)
 
 
-class RedisDelivery(Delivery):
-    __slots__ = ("entry", "kept", "orphan", "source")
-
-    source: int  # 0 the stream, 1 the inbox
-    entry: bytes
-    kept: bool  # a history is stored
-    orphan: bool  # the stream was deleted under it: nothing is left to settle
-
-
 class RedisConsumer(Consumer):
     def __init__(self, connection: RedisConnection, subscription: Subscription, slot: str) -> None:
         self._connection, self._link = connection, connection.link
         self._subscription = subscription
         self._channel: Channel = connection.topology.channels[subscription.channel]
-        address, group = self._channel.address, subscription.group
         self.me = f"{slot}@{socket.gethostname()[:60]}.{os.getpid()}.{uuid.uuid4().hex[:6]}"
-        main = Source(address, group, self.me, queue=is_queue(self._channel))
-        inbox = Source(main.key("inbox"), group, self.me, queue=True)
-        self._sources = (main, inbox)
-        self._skip = Source(address, group, self.me, queue=False)
+        self._held = Holdings(connection, self._channel, subscription, self.me, lambda why: self._trouble("read", why))
         self._counts = connection.loss_detection(subscription)
         self._untyped = connection.takes_untyped(subscription)
         self._wanted: dict[str | None, bool] = {}
-        self._live: dict[tuple[int, bytes], RedisDelivery] = {}
         self._free = 0
         self._asked = 0  # COUNT of the read under way
-        self._last = "0-0"
-        self._epoch: bytes | None = None
         self._trimmed = -1
         self._unbroken = 0.0  # loop time since when every heartbeat has been answered; 0: the last was not
         self._troubles: dict[str, str] = {}
         self._told: str | None = None
         self._take_at = 0.0
-        self._check = True  # look for entries whose delivery was lost
         self._stopping = False
         self._closed = False
         self._wake = asyncio.Event()
@@ -76,20 +60,20 @@ class RedisConsumer(Consumer):
         self._reader_id = 0
         self._lost_script = b""
         self._tasks: list[asyncio.Task[None]] = []
-        self._side: set[asyncio.Task[None]] = set()
 
     # --- start ------------------------------------------------------------------------------------------------
 
     async def open(self, sink: Sink) -> None:
         self._sink = sink
-        main = self._sources[0]
+        main = self._held.sources[0]
         if main.group not in await self._connection.groups(main.stream):
             raise ResourceMissing(
                 f"the consumer group {main.group} does not exist on the stream {main.stream}",
                 hint="run `orchestrator apply`",
             )
         self._loop = asyncio.get_running_loop()
-        self._pump: Pump = self._connection.pump(main.stream)
+        self._pump = self._connection.pump(main.stream)
+        self._held.sink, self._held.pump = sink, self._pump
         self._pump.listeners.add(self._pump_trouble)
         await self._beat()
         self._tasks = [
@@ -116,9 +100,9 @@ class RedisConsumer(Consumer):
                 continue
             except ERRORS as error:
                 await self._forget_reader()
-                self._check = True
+                self._held.suspect = True
                 if str(error).startswith(("NOGROUP", "UNBLOCKED")):
-                    await self._heal()
+                    await self._held.heal()
                     continue
                 if isinstance(error, NoScriptError):
                     continue  # the server forgot its scripts: the next reader loads them
@@ -130,9 +114,9 @@ class RedisConsumer(Consumer):
         await self._forget_reader()
 
     async def _read_once(self) -> None:
-        if self._check:
-            await self._adopt()
-            self._check = False
+        if self._held.suspect:
+            await self._held.adopt()
+            self._held.suspect = False
         if self._free <= 0:
             self._wake.clear()
             with contextlib.suppress(asyncio.TimeoutError):
@@ -146,9 +130,9 @@ class RedisConsumer(Consumer):
 
     async def _take(self) -> None:
         """What is due, and the inbox."""
-        args = [part for source in self._sources for part in source.args]
-        keys = [source.stream for source in self._sources]
-        got, gone, wait = await self._link.raw(scripts.TAKE, keys, self._free, len(self._sources), *args)
+        args = [part for source in self._held.sources for part in source.args]
+        keys = [source.stream for source in self._held.sources]
+        got, gone, wait = await self._link.raw(scripts.TAKE, keys, self._free, len(self._held.sources), *args)
         self._take_at = self._loop.time() + (min(BLOCK, wait / 1000) if wait >= 0 else BLOCK)
         if len(got) >= self._free:
             self._take_at = 0.0
@@ -157,7 +141,7 @@ class RedisConsumer(Consumer):
         self._hand_out([self._delivery(source, entry, flat, n, kept) for source, entry, flat, n, kept in got])
 
     async def _read(self, wait: float) -> None:
-        main = self._sources[0]
+        main = self._held.sources[0]
         reader = self._reader or await self._connect_reader()
         self._asked = self._free
         pipe = reader.pipeline(transaction=False)
@@ -178,7 +162,7 @@ class RedisConsumer(Consumer):
             self._lost(answers[0])
         entries = answers[-1][0][1] if answers[-1] else ()
         if entries:
-            self._last = entries[-1][0].decode()
+            self._held.last = entries[-1][0].decode()
             self._hand_out([self._delivery(0, entry, flat, 1, None) for entry, flat in entries])
 
     async def _connect_reader(self) -> Redis:
@@ -196,12 +180,12 @@ class RedisConsumer(Consumer):
     def _unblock(self) -> None:
         """Ends a blocked read without losing what it may just be given, as cancelling it would."""
         if self._asked:
-            self._start(self._link.call(self._channel.address, "CLIENT", "UNBLOCK", self._reader_id))
+            self._held.beside(self._link.call(self._channel.address, "CLIENT", "UNBLOCK", self._reader_id))
 
     def _delivery(self, source: int, entry: bytes, flat: Sequence[bytes], count: int, kept: bytes | None) -> Delivery:
         body, headers, event_type = parse(flat or ())
         if event_type is None:
-            event_type = _type_in(body)
+            event_type = type_in(body)
         place = entry.decode()
         history = FRESH
         if kept:
@@ -214,7 +198,7 @@ class RedisConsumer(Consumer):
             headers=headers,
             event_type=event_type,
             channel=self._channel.name,
-            position=f"{self._sources[source].stream}:{place}",
+            position=f"{self._held.sources[source].stream}:{place}",
             token=f"{source} {place} {self.me}".encode(),
             time=int(place.partition("-")[0]) / 1000,
             redelivered=count > 1,
@@ -228,14 +212,14 @@ class RedisConsumer(Consumer):
         for found in deliveries:
             delivery = cast(RedisDelivery, found)
             at = (delivery.source, delivery.entry)
-            if at in self._live:
+            if at in self._held.live:
                 continue  # read again after the group was made anew; it is running here
             if delivery.source == 0 and not self._wants(delivery):
-                self._add("settle", delivery, self._ignore, (delivery.entry, 0, int(delivery.kept)), (), self._skip)
+                self._held.skip(delivery)
             elif len(fit) >= self._free or self._stopping:
-                self._give_back(delivery, delivery.history if delivery.kept else None, 0)
+                self._held.unstarted(delivery)
             else:
-                self._live[at] = delivery
+                self._held.live[at] = delivery
                 fit.append(delivery)
         if fit:
             self._free -= len(fit)
@@ -257,50 +241,15 @@ class RedisConsumer(Consumer):
         what = f"{count} unread events were" if count > 0 else "unread events (number unknown before Redis 7) were"
         self._sink.alarm(f"{what} trimmed from {self._channel.address} before {self._subscription.agent} read them")
 
-    # --- the ends of a delivery -------------------------------------------------------------------------------
+    # --- ends -------------------------------------------------------------------------------------------------
 
     def settle(self, delivery: Delivery, outputs: Sequence[Outgoing], done: Done) -> None:
-        mine = cast(RedisDelivery, delivery)
-        slot = self._link.slot(self._channel.address)
-        away = [message for message in outputs if self._link.slot(message.channel.address) != slot]
-        if away:  # another slot of a cluster: published with their ids first, settled when all are confirmed
-            near = [message for message in outputs if message not in away]
-            self._settle_after(mine, away, near, done)
-        else:
-            self._settle(mine, outputs, done)
+        self._held.settle(delivery, outputs, done)
 
-    def _settle(self, mine: RedisDelivery, outputs: Sequence[Outgoing], done: Done) -> None:
-        def finish(op: Op, word: str) -> None:
-            if word == "" or (word == "GONE" and op.again):
-                self._end(mine, done)
-            elif word == "GONE" or word.startswith("NOGROUP"):
-                self._start(self._doubt(mine, lambda: self._settle(mine, outputs, done), done))
-            elif word == "TAKEN":
-                self._revoke(mine, done)
-            else:
-                done(refusal(word, f"an output of {mine.position}"))
-
-        self._add("settle", mine, finish, (mine.entry, int(mine.orphan), int(mine.kept)), outputs)
-
-    def _settle_after(self, mine: RedisDelivery, away: list[Outgoing], near: list[Outgoing], done: Done) -> None:
-        producer, errors, open_ = self._connection.producer(), list[BaseException](), len(away)
-
-        def published(error: BaseException | None) -> None:
-            nonlocal open_
-            open_ -= 1
-            if error is not None:
-                errors.append(error)
-            if open_ == 0:
-                if errors:
-                    done(errors[0])
-                else:
-                    self._settle(mine, near, done)
-
-        for message in away:
-            producer.send(message, published)
+    def mark(self, delivery: Delivery, history: History, done: Done) -> None:
+        self._held.mark(delivery, history, done)
 
     def retry(self, delivery: Delivery, history: History, delay: float, done: Done) -> None:
-        mine = cast(RedisDelivery, delivery)
         due = self._loop.time() + delay
 
         def stored() -> None:
@@ -308,165 +257,11 @@ class RedisConsumer(Consumer):
                 self._take_at = due
                 self._unblock()
 
-        self._return(mine, history, delay, "0", done, stored)
-
-    def _return(
-        self,
-        mine: RedisDelivery,
-        history: History | None,
-        delay: float,
-        count: str,
-        done: Done,
-        stored: Callable[[], None] | None = None,
-    ) -> None:
-        """Puts an entry among those that wait. `count` "" keeps the number of its deliveries."""
-
-        def finish(op: Op, word: str) -> None:
-            if word == "" or (word == "TAKEN" and op.again):
-                self._end(mine, done)
-                if stored is not None:
-                    stored()
-            elif word == "DELETED" or mine.orphan:
-                self._sink.alarm(f"{mine.position} was deleted from outside while it was handled: it cannot run again")
-                self._end(mine, done)
-            elif word == "TAKEN":
-                self._revoke(mine, done)
-            elif word == "GONE" or word.startswith("NOGROUP"):
-                again = lambda: self._return(mine, history, delay, count, done, stored)  # noqa: E731
-                self._start(self._doubt(mine, again, done))
-            else:
-                done(refusal(word, f"giving back {mine.position}"))
-
-        text = b"" if history is None else history.encode()
-        self._add("back", mine, finish, (mine.entry, self.me, text, int(delay * 1000), count))
-
-    def mark(self, delivery: Delivery, history: History, done: Done) -> None:
-        mine = cast(RedisDelivery, delivery)
-
-        def finish(op: Op, word: str) -> None:
-            if word == "":
-                mine.kept = True
-                done(None)
-            elif word == "TAKEN":
-                self._revoke(mine, done)
-            elif word == "GONE" or word.startswith("NOGROUP"):
-                self._start(self._doubt(mine, lambda: self.mark(mine, history, done), done))
-            else:
-                done(refusal(word, f"marking {mine.position}"))
-
-        if mine.orphan:
-            done(None)
-        else:
-            self._add("mark", mine, finish, (mine.entry, history.encode()))
+        self._held.give_back(cast(RedisDelivery, delivery), history, delay, "0", done, stored)
 
     def release(self, deliveries: Sequence[Delivery]) -> None:
         for delivery in deliveries:
-            self._give_back(cast(RedisDelivery, delivery), None, 0)
-
-    def _give_back(self, mine: RedisDelivery, history: History | None, delay: float) -> None:
-        self._return(mine, history, delay, "1" if mine.redelivered else "0", self._told_off)
-
-    def _told_off(self, error: BaseException | None) -> None:
-        """The outcome of what nobody waits for. A failure leaves the entry under our name; the check finds it."""
-        if error is not None:
-            self._check = True
-
-    def _ignore(self, op: Op, word: str) -> None:
-        if word:
-            self._check = True
-
-    def _end(self, mine: RedisDelivery, done: Done) -> None:
-        self._live.pop((mine.source, mine.entry), None)
-        done(None)
-
-    def _revoke(self, mine: RedisDelivery, done: Done) -> None:
-        if self._live.pop((mine.source, mine.entry), None) is not None:
-            self._sink.revoked([mine])
-        done(BrokerUnavailable(f"{mine.position} was taken over by another worker", hint="it is handled there"))
-
-    def _add(
-        self,
-        act: str,
-        mine: RedisDelivery,
-        finish: Callable[[Op, str], None],
-        args: Sequence[object],
-        outputs: Sequence[Outgoing] | None = None,
-        source: Source | None = None,
-    ) -> None:
-        self._pump.add(Op(act, finish, source or self._sources[mine.source], args, outputs))
-
-    # --- healing ----------------------------------------------------------------------------------------------
-
-    async def _doubt(self, mine: RedisDelivery, again: Callable[[], None], done: Done) -> None:
-        """Nobody holds an entry that is ours: settled elsewhere, or its group was deleted and made anew."""
-        try:
-            if not mine.orphan and not await self._reclaim():
-                self._revoke(mine, done)
-                return
-        except BrokerError:
-            await asyncio.sleep(0.2)
-        if (mine.source, mine.entry) in self._live:
-            again()
-        else:
-            self._revoke(mine, done)
-
-    async def _reclaim(self) -> bool:
-        """After the group was made anew: what we are handling becomes ours again. False: it is as it was."""
-        main = self._sources[0]
-        if main.group not in await self._connection.groups(main.stream):
-            await self._heal()
-        epoch = await self._link.call(main.stream, "HGET", f"{main.base}:meta", f"epoch/{main.group}") or b"0"
-        if epoch == self._epoch:
-            return False
-        self._epoch = epoch
-        for number, source in enumerate(self._sources):
-            await self._compare(number, source, force=True)
-        return True
-
-    async def _compare(self, number: int, source: Source, *, force: bool) -> None:
-        """Who holds what we are handling? What another has is revoked."""
-        live = [delivery for (where, _), delivery in self._live.items() if where == number]
-        if not live:
-            return
-        ids = [delivery.entry for delivery in live]
-        holders = await self._link.script(scripts.MINE, [source.stream], *source.args, int(force), len(ids), *ids)
-        for delivery, holder in zip(live, holders, strict=True):
-            if holder == 0 and force:
-                delivery.orphan = True
-            elif holder != 1 and self._live.pop((number, delivery.entry), None) is not None:
-                self._sink.revoked([delivery])
-
-    async def _heal(self) -> None:
-        """Stream or group were deleted from outside."""
-        try:
-            made = await self._connection.restore(self._channel, self._subscription, self._last)
-        except BrokerError as error:
-            self._trouble("read", str(error))
-            await asyncio.sleep(0.2)
-            return
-        if made:
-            self._sink.alarm(f"{' and '.join(made)} had been deleted and was made again")
-
-    async def _adopt(self) -> None:
-        """Entries that are pending under our name and unknown here were read by an answer that never arrived."""
-        for number, source in enumerate(self._sources):
-            try:
-                found = await self._link.call(
-                    source.stream, "XPENDING", source.stream, source.group, "-", "+", 1000, self.me
-                )
-            except BrokerUnavailable as error:
-                raise ConnectionError(str(error)) from error
-            except BrokerError as error:
-                if "NOGROUP" in str(error) and number == 0:
-                    await self._heal()
-                continue  # the inbox is made by the first redrive
-            for entry, _, _, count in found:
-                if (number, entry) not in self._live:
-                    args = (entry, self.me, b"", 0, count - 1)
-                    self._pump.add(Op("back", self._ignore_lost, source, args))
-
-    def _ignore_lost(self, op: Op, word: str) -> None:
-        """Settled or moved meanwhile: then there was nothing to adopt."""
+            self._held.unstarted(cast(RedisDelivery, delivery))
 
     # --- lease ------------------------------------------------------------------------------------------------
 
@@ -484,20 +279,20 @@ class RedisConsumer(Consumer):
         now = self._loop.time()
         reap = bool(self._unbroken) and now - self._unbroken > LEASE
         age = int((self._channel.retention.max_age or 0) * 1000) if not self._channel.external else 0
-        args = [part for source in self._sources for part in source.args]
-        keys = [source.stream for source in self._sources]
+        args = [part for source in self._held.sources for part in source.args]
+        keys = [source.stream for source in self._held.sources]
         given_up, epoch, trimmed, _ = await self._link.script(
-            scripts.BEAT, keys, int(LEASE * 1000), int(reap), age, len(dead), *dead, len(self._sources), *args
+            scripts.BEAT, keys, int(LEASE * 1000), int(reap), age, len(dead), *dead, len(self._held.sources), *args
         )
         self._unbroken = self._unbroken or now
-        self._check = True
-        if self._epoch is None:
-            self._epoch = epoch
-        elif epoch != self._epoch:
-            await self._reclaim()
+        self._held.suspect = True
+        if self._held.epoch is None:
+            self._held.epoch = epoch
+        elif epoch != self._held.epoch:
+            await self._held.reclaim()
         elif given_up:
-            for number, source in enumerate(self._sources):
-                await self._compare(number, source, force=False)
+            for number, source in enumerate(self._held.sources):
+                await self._held.compare(number, source, force=False)
         if not self._counts and 0 <= self._trimmed < trimmed:
             self._lost(trimmed - self._trimmed)
         self._trimmed = trimmed
@@ -507,7 +302,7 @@ class RedisConsumer(Consumer):
 
     async def _beat_once(self) -> None:
         """In a thread and a loop of its own, with a connection of its own."""
-        main = self._sources[0]
+        main = self._held.sources[0]
         link = self._connection.new_link()
         try:
             clock = await link.call(main.stream, "TIME")
@@ -520,7 +315,7 @@ class RedisConsumer(Consumer):
 
     async def recover(self, left: Sequence[Left]) -> None:
         dead: set[str] = set()
-        for number, source in enumerate(self._sources):
+        for number, source in enumerate(self._held.sources):
             found: list[tuple[bytes, str, Ended]] = []
             for one in left:
                 where, place, owner = one.token.decode().split(" ", 2)
@@ -563,31 +358,19 @@ class RedisConsumer(Consumer):
             return
         await self.drain()
         self._closed = True
-        for delivery in list(self._live.values()):
-            self._return(delivery, None, 0, "", self._told_off)
+        for delivery in list(self._held.live.values()):
+            self._held.give_back(delivery, None, 0, "", self._held.told)
         await self._pump.flush(3.0)
-        for task in [*self._tasks, *self._side]:
+        for task in self._tasks:
             task.cancel()
-        await asyncio.wait([*self._tasks, *self._side])
+        await asyncio.wait(self._tasks)
+        await self._held.end()
         self._pump.listeners.discard(self._pump_trouble)
         await self._forget_reader()
-        args = [part for source in self._sources for part in source.args]
-        keys = [source.stream for source in self._sources]
+        args = [part for source in self._held.sources for part in source.args]
+        keys = [source.stream for source in self._held.sources]
         with contextlib.suppress(BrokerError):  # the lease ends what is left of us
-            await asyncio.wait_for(self._link.script(scripts.LEAVE, keys, len(self._sources), *args), 3.0)
-
-    def _start(self, work: Any) -> None:
-        """Runs a coroutine beside the reader; its failure is a broker that is away, which the reader reports."""
-
-        async def guarded() -> None:
-            try:
-                await work
-            except BrokerError as error:
-                _log.debug("put off: %s", error)
-
-        task = self._loop.create_task(guarded())
-        self._side.add(task)
-        task.add_done_callback(self._side.discard)
+            await asyncio.wait_for(self._link.script(scripts.LEAVE, keys, len(self._held.sources), *args), 3.0)
 
     def _pump_trouble(self, reason: str | None) -> None:
         self._trouble("write", reason)
@@ -601,13 +384,3 @@ class RedisConsumer(Consumer):
         if now != self._told:
             self._told = now
             self._sink.trouble(now)
-
-
-def _type_in(body: bytes) -> str | None:
-    """The type that the body names, for entries of clients that write no field for it."""
-    try:
-        found = json.loads(body)
-    except ValueError:
-        return None
-    kind = found.get("event_type") if isinstance(found, dict) else None
-    return kind if isinstance(kind, str) else None

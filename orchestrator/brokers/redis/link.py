@@ -10,12 +10,22 @@ from collections.abc import Iterator, Sequence
 from typing import Any, cast
 from urllib.parse import parse_qs, unquote, urlsplit
 
+from hiredis import pack_command
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel
 from redis.backoff import NoBackoff
 from redis.crc import key_slot
-from redis.exceptions import AskError, ClusterError, ConnectionError, ReadOnlyError, RedisError, TimeoutError
+from redis.exceptions import (
+    AskError,
+    ClusterError,
+    ConnectionError,
+    NoScriptError,
+    ReadOnlyError,
+    RedisError,
+    ResponseError,
+    TimeoutError,
+)
 
 from orchestrator.brokers.redis import scripts
 from orchestrator.errors import BrokerError, BrokerUnavailable, OrchestratorError
@@ -110,6 +120,19 @@ class Link:
             self.doubt(error)
             raise
 
+    async def commit(self, key: str, args: Sequence[Any]) -> Any:
+        """The COMMIT script, packed by hiredis: the library packs in Python, which took half the time of a batch.
+        Raises as raw()."""
+        try:
+            client = await self.at(key)
+            try:
+                return await _send(client, ("EVALSHA", scripts.COMMIT_DIGEST, 1, key, *args))
+            except NoScriptError:
+                return await _send(client, ("EVAL", scripts.COMMIT, 1, key, *args))
+        except ERRORS as error:
+            self.doubt(error)
+            raise
+
     def doubt(self, error: BaseException) -> None:
         """After an error: slots may have moved."""
         if passing(error):
@@ -172,6 +195,21 @@ class Link:
             finally:
                 await client.aclose()
         raise error
+
+
+async def _send(client: Redis, command: tuple[Any, ...]) -> Any:
+    pool: Any = client.connection_pool
+    connection = await pool.get_connection()
+    try:
+        await connection.send_packed_command(pack_command(command))
+        return await connection.read_response()
+    except ResponseError:
+        raise
+    except BaseException:  # an answer may still come: nobody may take it for his own
+        await connection.disconnect(nowait=True)
+        raise
+    finally:
+        await pool.release(connection)
 
 
 def _host(text: str, default: int) -> tuple[str, int]:

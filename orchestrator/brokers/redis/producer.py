@@ -7,19 +7,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import uuid
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from orchestrator.brokers.base import Done, Outgoing, Producer
-from orchestrator.brokers.redis import scripts
+from orchestrator.brokers.redis.entries import check, fields, parse
 from orchestrator.brokers.redis.link import ERRORS, Link, base, passing
 from orchestrator.errors import BrokerError, BrokerUnavailable, OrchestratorError, PublishRejected
 from orchestrator.topology.model import Channel, Mode, Overflow
 
-_RESERVED = frozenset({"event_id", "event_type", "source_agent", "correlation_id", "payload"})
-_BATCH, _BATCH_BYTES = 256, 1 << 20
+_log = logging.getLogger(__name__)
+_BATCH, _BATCH_BYTES = 32, 1 << 20
 _UNCONFIRMED = 4096
 _REPLY_TTL = 60_000
 
@@ -100,6 +101,11 @@ class Pump:
             except asyncio.CancelledError:
                 self._queue.extendleft(reversed(batch))
                 raise
+            except Exception as error:  # a mistake of ours must not stop everything that is sent from here
+                _log.exception("a batch of %d could not be sent", len(batch))
+                waiting = []
+                for op in batch:
+                    op.finish(op, f"{type(error).__name__}: {error}")
             self._queue.extendleft(reversed(waiting))
             if waiting:
                 await asyncio.sleep(pause)
@@ -115,7 +121,7 @@ class Pump:
     async def _send(self, batch: list[Op]) -> list[Op]:
         """Sends a batch; returns what has to be sent again."""
         try:
-            answers = await self._link.raw(scripts.COMMIT, [batch_key(batch, self._key)], *self._pack(batch))
+            answers = await self._link.commit(batch_key(batch, self._key), self._pack(batch))
         except ERRORS as error:
             if passing(error):
                 for op in batch:
@@ -223,43 +229,6 @@ def is_queue(channel: Channel) -> bool:
     return channel.mode is Mode.QUEUE and not channel.external
 
 
-def fields(message: Outgoing) -> list[str | bytes]:
-    """The entry's fields and values (contract section 3)."""
-    found: list[str | bytes] = [
-        "event_id", message.event_id, "event_type", message.event_type, "source_agent", message.source_agent,
-        "correlation_id", message.correlation_id, "payload", message.body,
-    ]  # fmt: skip
-    for name, value in message.headers.items():
-        if name in _IN_FIELDS and value == getattr(message, _IN_FIELDS[name]):
-            continue
-        found.append(f"x-{name}" if name in _RESERVED else name)
-        found.append(value if value.isascii() else value.encode("utf-8", "surrogateescape"))
-    return found
-
-
-_IN_FIELDS = {"event-id": "event_id", "source-agent": "source_agent", "correlation-id": "correlation_id"}
-
-
-def parse(flat: Sequence[bytes]) -> tuple[bytes, dict[str, str], str | None]:
-    """Body, headers and event type of an entry, whoever wrote it. Fields that are not text are surrogate-escaped."""
-    body, event_type, headers, known = b"", None, {}, {}
-    pairs = iter(flat)
-    for name, value in zip(pairs, pairs, strict=False):
-        if name == b"payload":
-            body = value
-        elif name == b"event_type":
-            event_type = value.decode("utf-8", "replace")
-        elif (header := _OF_FIELDS.get(name)) is not None:
-            if value:
-                known[header] = value.decode("utf-8", "surrogateescape")
-        else:
-            headers[name.decode("utf-8", "surrogateescape")] = value.decode("utf-8", "surrogateescape")
-    return body, {**known, **headers}, event_type
-
-
-_OF_FIELDS = {field.encode(): header for header, field in _IN_FIELDS.items()}
-
-
 def refusal(word: str, what: str) -> BrokerError:
     """The error for a word of COMMIT that refuses an output."""
     if word == "CLOSED":
@@ -324,15 +293,6 @@ class RedisProducer(Producer):
                 await asyncio.sleep(0.2)
             except BrokerError as error:
                 return done(PublishRejected(f"the reply to {address} was refused: {error}", hint=error.hint))
-
-
-def check(message: Outgoing) -> None:
-    """Raises PublishRejected for names and headers that not every broker's wire could carry."""
-    if not message.event_type or any(c in "*>" or c.isspace() or not c.isprintable() for c in message.event_type):
-        raise PublishRejected(f"{message.event_type!r} is no event type", hint="use letters, digits, _ - and dots")
-    for name, value in message.headers.items():
-        if not name or any(c in "\r\n\0:" for c in name) or any(c in "\r\n\0" for c in value):
-            raise PublishRejected(f"the header {name!r} holds a line break or a colon", hint="take it out")
 
 
 class Replies:

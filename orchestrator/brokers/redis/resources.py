@@ -22,9 +22,10 @@ from orchestrator.brokers.base import (
     Start,
     Verdict,
 )
-from orchestrator.brokers.redis import scripts
+from orchestrator.brokers.redis import resource_scripts
+from orchestrator.brokers.redis.entries import parse
 from orchestrator.brokers.redis.link import Link, base
-from orchestrator.brokers.redis.producer import Source, is_queue, parse
+from orchestrator.brokers.redis.producer import Source, is_queue
 from orchestrator.errors import BrokerError, RefusedError, ResourceMissing
 from orchestrator.topology.model import Broker, Channel, Mode, Subscription, Topology, matches
 
@@ -195,7 +196,7 @@ class Resources:
                 return count, True, first
             start = page[-1][0].decode()
         if not isinstance(lag, int):
-            lag = _PAGE * _PAGES + await self._link.script(scripts.BEHIND, [stream], start)
+            lag = _PAGE * _PAGES + await self._link.script(resource_scripts.BEHIND, [stream], start)
         return max(count, int(lag)), False, first
 
     # --- making -----------------------------------------------------------------------------------------------
@@ -230,7 +231,7 @@ class Resources:
 
     async def _create(self, stream: str, group: str, label: str, start: str, *, adopt: bool) -> str:
         args = (stream, base(stream), group, self._topology.name, label, start, int(adopt), 0, int(self._counts))
-        word = (await self._link.script(scripts.CREATE, [stream], *args)).decode()
+        word = (await self._link.script(resource_scripts.CREATE, [stream], *args)).decode()
         if word == "MISSING":
             raise ResourceMissing(f"the stream {stream} does not exist", hint="create it, or run `orchestrator apply`")
         self._refuse(word, f"the group {group} of {stream}" if group else f"the stream {stream}")
@@ -241,7 +242,7 @@ class Resources:
         field, what = f"group/{group}" if group else "channel", str(wanted.id)
         key, identity = f"{base(stream)}:meta", observed.version.partition(" ")[0]
         args = (field, self._topology.name, identity, self._new_label(wanted))
-        self._refuse((await self._link.script(scripts.RELABEL, [key], *args)).decode(), what)
+        self._refuse((await self._link.script(resource_scripts.RELABEL, [key], *args)).decode(), what)
         if group:
             await self._unstrand(stream, group, wanted, observed)
             return
@@ -249,7 +250,7 @@ class Resources:
         if isinstance(settings["max_age"], (int, float)):
             queue = int(settings["mode"] == Mode.QUEUE.value)
             await self._link.script(
-                scripts.TEND, [stream], stream, base(stream), int(settings["max_age"] * 1000), queue
+                resource_scripts.TEND, [stream], stream, base(stream), int(settings["max_age"] * 1000), queue
             )
         if settings["max_events"] is not None and settings["overflow"] != "reject":
             await self._link.call(stream, "XTRIM", stream, "MAXLEN", "=", settings["max_events"])
@@ -278,14 +279,14 @@ class Resources:
             kinds = [(entry, parse(flat)[2]) for entry, flat in page]
             passed = [entry for entry, kind in kinds if kind is not None and _any(new, kind) and not _any(old, kind)]
             source = Source(stream, group, "", queue=True)
-            await self._link.script(scripts.STRANDED, [stream], *source.args, len(passed), *passed)
+            await self._link.script(resource_scripts.STRANDED, [stream], *source.args, len(passed), *passed)
             start = f"({page[-1][0].decode()}"
 
     async def delete(self, observed: Observed) -> None:
         stream, group = _split(observed.id)
         identity, _, last = observed.version.partition(" ")
         args = (stream, base(stream), group, self._topology.name, identity, last, observed.events)
-        word = (await self._link.script(scripts.DELETE, [stream], *args)).decode()
+        word = (await self._link.script(resource_scripts.DELETE, [stream], *args)).decode()
         self._refuse(word, str(observed.id))
         if not group and word == "DELETED":
             await self._forget_ids(stream)

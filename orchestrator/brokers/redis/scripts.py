@@ -20,7 +20,7 @@ from typing import Any
 
 from redis.exceptions import NoScriptError
 
-_PRELUDE = """
+PRELUDE = """
 local clock = redis.call('TIME')
 local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
 local at = 0
@@ -68,7 +68,7 @@ end
 
 #: Publish, settle, give back, mark: many at once, in the order given. Answers 1 or a word for each.
 COMMIT = (
-    _PRELUDE
+    PRELUDE
     + """
 local channels, sources, answers = {}, {}, {}
 for i = 1, num() do
@@ -154,11 +154,8 @@ local function put(o, undo)
 end
 local function put_all(outs)
   for _, o in ipairs(outs) do -- looked at before anything is written
-    local id = dedup_key(o)
-    if not (id and redis.call('EXISTS', id) == 1) then
-      local why = refuse(o.c, o.size)
-      if why then return why end
-    end
+    local why, id = refuse(o.c, o.size), dedup_key(o)
+    if why and not (id and redis.call('EXISTS', id) == 1) then return why end
   end
   local undo = {}
   for _, o in ipairs(outs) do
@@ -233,10 +230,12 @@ return answers
 """
 )
 
+COMMIT_DIGEST = sha1(COMMIT.encode(), usedforsecurity=False).hexdigest()
+
 #: What is due (and the inbox's new entries), at most `n`: {source, id, fields, count, history} each; then how many due
 #: entries were gone, and milliseconds until the next is due (-1: none).
 TAKE = (
-    _PRELUDE
+    PRELUDE
     + """
 local n, got, gone, wait = num(), {}, 0, -1
 for i = 1, num() do
@@ -277,7 +276,7 @@ return {got, gone, wait}
 #: Heartbeat, retention by age, and (with `reap`) the entries of dead workers. Answers {we had been given up, the
 #: group's epoch, entries of a queue trimmed so far, entries taken from the dead}.
 BEAT = (
-    _PRELUDE
+    PRELUDE
     + """
 local lease, reap, age, dead = num(), arg() == '1', num(), {}
 for i = 1, num() do dead[arg()] = true end
@@ -336,7 +335,7 @@ return {fresh, redis.call('HGET', meta, 'epoch/' .. main.group) or '0',
 #: Unread entries that were trimmed since the last read, called just before the next one; -1: some, number unknown.
 #: `how`: count (7.0, where the counters hold) or next (the first unread entry is remembered).
 LOST = (
-    _PRELUDE
+    PRELUDE
     + """
 local s, how = source(), arg()
 local g = groups(s.stream)[s.group]
@@ -365,7 +364,7 @@ return lost
 
 #: For each id: 1 it is ours, 0 it is gone, 2 another has it. With `force` what nobody holds becomes ours.
 MINE = (
-    _PRELUDE
+    PRELUDE
     + """
 local s, force, answers = source(), arg() == '1', {}
 for i = 1, num() do
@@ -385,7 +384,7 @@ return answers
 
 #: What recover needs: for each (id, consumer) its history ('' fresh), or false when that consumer has it no more.
 HELD = (
-    _PRELUDE
+    PRELUDE
     + """
 local s, answers = source(), {}
 for i = 1, num() do
@@ -399,7 +398,7 @@ return answers
 
 #: The end of a consumer: its name goes when nothing is pending under it.
 LEAVE = (
-    _PRELUDE
+    PRELUDE
     + """
 local beat = nil
 for i = 1, num() do
@@ -413,163 +412,6 @@ for i = 1, num() do
 end
 redis.call('ZREM', beat, ARGV[at - 1])
 return 1
-"""
-)
-
-#: Makes and labels a stream, or with `group` a consumer group on it. `adopt`: heal, whoever made what is there.
-CREATE = (
-    _PRELUDE
-    + """
-local stream, base, group, owner, label, position, adopt, external, counts =
-  arg(), arg(), arg(), arg(), arg(), arg(), arg() == '1', arg() == '1', arg() == '1'
-local meta, field = base .. ':meta', group == '' and 'channel' or 'group/' .. group
-local had = redis.call('HGET', meta, field)
-if had and cjson.decode(had).owner ~= owner then return 'FOREIGN ' .. cjson.decode(had).owner end
-local exists = redis.call('EXISTS', stream) == 1
-if not exists and external then return 'MISSING' end
-if group == '' then
-  if exists and not had and not adopt then return 'UNLABELLED' end
-  if not exists then
-    redis.call('XGROUP', 'CREATE', stream, '@new', '0', 'MKSTREAM')
-    redis.call('XGROUP', 'DESTROY', stream, '@new')
-  end
-  if not had then redis.call('HSET', meta, 'channel', label) end
-  return exists and 'OLD' or 'NEW'
-end
-if not exists then return 'MISSING' end
-if groups(stream)[group] then
-  if not had and not adopt then return 'UNLABELLED' end
-  if not had then redis.call('HSET', meta, field, label) end
-  return 'OLD'
-end
-local info = named(redis.call('XINFO', 'STREAM', stream))
-if adopt then
-  local known = redis.call('HGET', meta, 'position/' .. group)
-  if position ~= '0' and known and before(position, known) then position = known end
-  if position ~= '0' and before(info['last-generated-id'], position) then position = '0' end
-end
-local create = {'XGROUP', 'CREATE', stream, group, position}
-if counts and position == '$' then
-  create[6], create[7] = 'ENTRIESREAD', info['entries-added']
-elseif counts and position == '0' then
-  create[6], create[7] = 'ENTRIESREAD', info['entries-added'] - info.length
-end
-redis.call(unpack(create))
-redis.call('HSET', meta, field, label)
-local s = {stream = stream, base = base, group = group}
-if had then
-  redis.call('HINCRBY', meta, 'epoch/' .. group, 1)
-  for _, id in ipairs(redis.call('ZRANGE', key(s, 'due'), 0, -1)) do
-    redis.call('XCLAIM', stream, group, '@delayed', 0, id, 'FORCE', 'JUSTID')
-  end
-end
-return 'NEW'
-"""
-)
-
-#: Deletes a stream or a group with everything beside it, only while label, last id and number are as planned.
-DELETE = (
-    _PRELUDE
-    + """
-local stream, base, group, owner, label, last, most =
-  arg(), arg(), arg(), arg(), arg(), arg(), num()
-local meta, field = base .. ':meta', group == '' and 'channel' or 'group/' .. group
-local function drop(g)
-  local s = {base = base, group = g}
-  local inbox = key(s, 'inbox')
-  local i = {base = inbox, group = g}
-  redis.call('DEL', key(s, 'due'), key(s, 'history'), key(s, 'beat'), inbox, key(i, 'due'), key(i, 'history'))
-  redis.call('HDEL', meta, 'group/' .. g, 'position/' .. g, 'epoch/' .. g, 'lost/' .. g, 'next/' .. g)
-end
-local had = redis.call('HGET', meta, field)
-local exists = redis.call('EXISTS', stream) == 1
-if not had then return (exists and (group == '' or groups(stream)[group])) and 'UNLABELLED' or 'ABSENT' end
-local said = cjson.decode(had)
-if said.owner ~= owner then return 'FOREIGN ' .. said.owner end
-if said.id ~= label then return 'CHANGED' end
-if group ~= '' then
-  local g = exists and groups(stream)[group]
-  if g then
-    if g.pending > most then return 'CHANGED' end
-    redis.call('XGROUP', 'DESTROY', stream, group)
-  end
-  drop(group)
-  return 'DELETED'
-end
-for _, name in ipairs(redis.call('HKEYS', meta)) do
-  local g = string.match(name, '^group/(.*)$')
-  local other = g and cjson.decode(redis.call('HGET', meta, name)).owner
-  if other and other ~= owner then return 'FOREIGN ' .. other end
-end
-if exists then
-  local info = named(redis.call('XINFO', 'STREAM', stream))
-  if info['last-generated-id'] ~= last or info.length > most then return 'CHANGED' end
-end
-for _, name in ipairs(redis.call('HKEYS', meta)) do
-  local g = string.match(name, '^group/(.*)$')
-  if g then drop(g) end
-end
-redis.call('DEL', stream, meta, base .. ':later')
-return 'DELETED'
-"""
-)
-
-#: New settings in a label, while it is the one that was looked at.
-RELABEL = """
-local had = redis.call('HGET', KEYS[1], ARGV[1])
-if not had then return 'CHANGED' end
-had = cjson.decode(had)
-if had.owner ~= ARGV[2] then return 'FOREIGN ' .. had.owner end
-if had.id ~= ARGV[3] then return 'CHANGED' end
-redis.call('HSET', KEYS[1], ARGV[1], ARGV[4])
-return 'UPDATED'
-"""
-
-#: One event for one subscription alone: into the inbox of its group.
-REDRIVE = """
-redis.pcall('XGROUP', 'CREATE', KEYS[1], ARGV[1], '0', 'MKSTREAM')
-return redis.call('XADD', KEYS[1], '*', unpack(ARGV, 2))
-"""
-
-#: How many entries lie behind an id, counted up to a bound.
-BEHIND = """
-local count, from = 0, '(' .. ARGV[1]
-while count < 20000 do
-  local page = redis.call('XRANGE', KEYS[1], from, '+', 'COUNT', 500)
-  count = count + #page
-  if #page < 500 then break end
-  from = '(' .. page[#page][1]
-end
-return count
-"""
-
-#: Lets entries of a queue be read again that its group has passed without settling (it reads more types now).
-STRANDED = (
-    _PRELUDE
-    + """
-local s = source()
-for i = 1, num() do
-  local id = arg()
-  if holder(s, id) == '' then
-    redis.call('ZADD', key(s, 'due'), now, id)
-    redis.call('XCLAIM', s.stream, s.group, '@delayed', 0, id, 'FORCE', 'JUSTID', 'RETRYCOUNT', 0)
-  end
-end
-"""
-)
-
-#: Moves what is due of a channel that nobody may be reading, and trims it by age.
-TEND = (
-    _PRELUDE
-    + """
-local stream, base, age, queue = arg(), arg(), num(), arg() == '1'
-if redis.call('EXISTS', stream) == 0 then return -1 end
-flush_later(stream, base)
-if age > 0 then
-  local n = redis.call('XTRIM', stream, 'MINID', '=', now - age)
-  if n > 0 and queue then redis.call('HINCRBY', base .. ':meta', 'trimmed', n) end
-end
-return redis.call('XLEN', stream)
 """
 )
 

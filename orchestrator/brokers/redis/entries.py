@@ -1,0 +1,77 @@
+"""What an entry of a stream looks like: its fields, from an Outgoing and back (contract section 3). Pure."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from orchestrator.brokers.base import Outgoing
+from orchestrator.errors import PublishRejected
+
+_RESERVED = frozenset({"event_id", "event_type", "source_agent", "correlation_id", "payload"})
+
+
+def fields(message: Outgoing) -> list[str | bytes]:
+    """The entry's fields and values (contract section 3)."""
+    found: list[str | bytes] = [
+        "event_id", message.event_id, "event_type", message.event_type, "source_agent", message.source_agent,
+        "correlation_id", message.correlation_id, "payload", message.body,
+    ]  # fmt: skip
+    for name, value in message.headers.items():
+        if name in _IN_FIELDS and value == getattr(message, _IN_FIELDS[name]):
+            continue
+        found.append(f"x-{name}" if name in _RESERVED else name)
+        found.append(value if value.isascii() else value.encode("utf-8", "surrogateescape"))
+    return found
+
+
+_IN_FIELDS = {"event-id": "event_id", "source-agent": "source_agent", "correlation-id": "correlation_id"}
+
+
+def parse(flat: Sequence[bytes]) -> tuple[bytes, dict[str, str], str | None]:
+    """Body, headers and event type of an entry, whoever wrote it. Fields that are not text are surrogate-escaped."""
+    body, event_type, headers, known = b"", None, {}, {}
+    pairs = iter(flat)
+    for name, value in zip(pairs, pairs, strict=False):
+        if name == b"payload":
+            body = value
+        elif name == b"event_type":
+            event_type = value.decode("utf-8", "replace")
+        elif (header := _OF_FIELDS.get(name)) is not None:
+            if value:
+                known[header] = value.decode("utf-8", "surrogateescape")
+        else:
+            headers[name.decode("utf-8", "surrogateescape")] = value.decode("utf-8", "surrogateescape")
+    return body, {**known, **headers}, event_type
+
+
+_OF_FIELDS = {field.encode(): header for header, field in _IN_FIELDS.items()}
+
+
+def type_in(body: bytes) -> str | None:
+    """The type that the body names, for entries of clients that write no field for it."""
+    try:
+        found = json.loads(body)
+    except ValueError:
+        return None
+    kind = found.get("event_type") if isinstance(found, dict) else None
+    return kind if isinstance(kind, str) else None
+
+
+_good_types: set[str] = set()
+
+
+def check(message: Outgoing) -> None:
+    """Raises PublishRejected for names and headers that not every broker's wire could carry."""
+    kind, texts = message.event_type, (message.event_id, message.source_agent, message.correlation_id)
+    if kind not in _good_types:
+        if not kind or any(c in "*>" or c.isspace() or not c.isprintable() for c in kind):
+            raise PublishRejected(f"{kind!r} is no event type", hint="use letters, digits, _ - and dots")
+        if len(_good_types) < 10_000:
+            _good_types.add(kind)
+    for text in texts:
+        if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
+            raise PublishRejected(f"{text!r} is no text that UTF-8 can carry", hint="use another id")
+    for name, value in message.headers.items():
+        if not name or any(c in "\r\n\0:" for c in name) or any(c in "\r\n\0" for c in value):
+            raise PublishRejected(f"the header {name!r} holds a line break or a colon", hint="take it out")

@@ -1,0 +1,285 @@
+"""What one consumer holds, and the ends of it: settled, given back, marked, revoked; and what heals it.
+
+Each end is one act of the COMMIT script, fenced by who holds the entry. What the script answers decides here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+from orchestrator.brokers.base import Delivery, Done, History, Outgoing, Sink
+from orchestrator.brokers.redis import scripts
+from orchestrator.brokers.redis.entries import check
+from orchestrator.brokers.redis.producer import Op, Pump, Source, is_queue, refusal
+from orchestrator.errors import BrokerError, BrokerUnavailable, PublishRejected
+from orchestrator.topology.model import Channel, Subscription
+
+if TYPE_CHECKING:
+    from orchestrator.brokers.redis.connection import RedisConnection
+
+_log = logging.getLogger(__name__)
+
+
+class RedisDelivery(Delivery):
+    __slots__ = ("entry", "kept", "orphan", "source")
+
+    source: int  # 0 the stream, 1 the inbox
+    entry: bytes
+    kept: bool  # a history is stored
+    orphan: bool  # the stream was deleted under it: nothing is left to settle
+
+
+class Holdings:
+    """The deliveries of one consumer that are not settled yet."""
+
+    sink: Sink
+    pump: Pump
+
+    def __init__(
+        self,
+        connection: RedisConnection,
+        channel: Channel,
+        subscription: Subscription,
+        me: str,
+        trouble: Callable[[str | None], None],
+    ) -> None:
+        self._connection, self._link, self._trouble = connection, connection.link, trouble
+        self._channel, self._subscription, self.me = channel, subscription, me
+        main = Source(channel.address, subscription.group, me, queue=is_queue(channel))
+        self.sources = (main, Source(main.key("inbox"), subscription.group, me, queue=True))
+        self._passing = Source(channel.address, subscription.group, me, queue=False)
+        self.live: dict[tuple[int, bytes], RedisDelivery] = {}
+        self.suspect = True  # something may be pending under our name that is not known here
+        self.last = "0-0"  # the newest entry that was read
+        self.epoch: bytes | None = None  # changes when the group is made anew
+        self._side: set[asyncio.Task[None]] = set()
+
+    # --- ends -------------------------------------------------------------------------------------------------
+
+    def settle(self, delivery: Delivery, outputs: Sequence[Outgoing], done: Done) -> None:
+        mine = cast(RedisDelivery, delivery)
+        try:
+            for message in outputs:
+                check(message)
+        except PublishRejected as error:
+            done(error)
+            return
+        slot = self._link.slot(self._channel.address)
+        away = [message for message in outputs if self._link.slot(message.channel.address) != slot]
+        if away:  # another slot of a cluster: published with their ids first, settled when all are confirmed
+            near = [message for message in outputs if message not in away]
+            self._settle_after(mine, away, near, done)
+        else:
+            self._settle(mine, outputs, done)
+
+    def _settle(self, mine: RedisDelivery, outputs: Sequence[Outgoing], done: Done) -> None:
+        def finish(op: Op, word: str) -> None:
+            if word == "" or (word == "GONE" and op.again):
+                self._end(mine, done)
+            elif word == "GONE" or word.startswith("NOGROUP"):
+                self.beside(self._doubt(mine, lambda: self._settle(mine, outputs, done), done))
+            elif word == "TAKEN":
+                self._revoke(mine, done)
+            else:
+                done(refusal(word, f"an output of {mine.position}"))
+
+        self._add("settle", mine, finish, (mine.entry, int(mine.orphan), int(mine.kept)), outputs)
+
+    def _settle_after(self, mine: RedisDelivery, away: list[Outgoing], near: list[Outgoing], done: Done) -> None:
+        producer, errors, open_ = self._connection.producer(), list[BaseException](), len(away)
+
+        def published(error: BaseException | None) -> None:
+            nonlocal open_
+            open_ -= 1
+            if error is not None:
+                errors.append(error)
+            if open_ == 0:
+                if errors:
+                    done(errors[0])
+                else:
+                    self._settle(mine, near, done)
+
+        for message in away:
+            producer.send(message, published)
+
+    def give_back(
+        self,
+        mine: RedisDelivery,
+        history: History | None,
+        delay: float,
+        count: str,
+        done: Done,
+        stored: Callable[[], None] | None = None,
+    ) -> None:
+        """Puts an entry among those that wait. `count` "" keeps the number of its deliveries."""
+
+        def finish(op: Op, word: str) -> None:
+            if word == "" or (word == "TAKEN" and op.again):
+                self._end(mine, done)
+                if stored is not None:
+                    stored()
+            elif word == "DELETED" or mine.orphan:
+                self.sink.alarm(f"{mine.position} was deleted from outside while it was handled: it cannot run again")
+                self._end(mine, done)
+            elif word == "TAKEN":
+                self._revoke(mine, done)
+            elif word == "GONE" or word.startswith("NOGROUP"):
+                again = lambda: self.give_back(mine, history, delay, count, done, stored)  # noqa: E731
+                self.beside(self._doubt(mine, again, done))
+            else:
+                done(refusal(word, f"giving back {mine.position}"))
+
+        text = b"" if history is None else history.encode()
+        self._add("back", mine, finish, (mine.entry, self.me, text, int(delay * 1000), count))
+
+    def mark(self, delivery: Delivery, history: History, done: Done) -> None:
+        mine = cast(RedisDelivery, delivery)
+
+        def finish(op: Op, word: str) -> None:
+            if word == "":
+                mine.kept = True
+                done(None)
+            elif word == "TAKEN":
+                self._revoke(mine, done)
+            elif word == "GONE" or word.startswith("NOGROUP"):
+                self.beside(self._doubt(mine, lambda: self.mark(mine, history, done), done))
+            else:
+                done(refusal(word, f"marking {mine.position}"))
+
+        if mine.orphan:
+            done(None)
+        else:
+            self._add("mark", mine, finish, (mine.entry, history.encode()))
+
+    def unstarted(self, mine: RedisDelivery) -> None:
+        """Gives back what was never started, uncounted."""
+        self.give_back(mine, None, 0, "1" if mine.redelivered else "0", self.told)
+
+    def skip(self, mine: RedisDelivery) -> None:
+        """Settles what this group does not read, and leaves it in the stream."""
+        self._add("settle", mine, self._ignore, (mine.entry, 0, int(mine.kept)), (), self._passing)
+
+    def told(self, error: BaseException | None) -> None:
+        """The outcome of what nobody waits for. A failure leaves the entry under our name; adopt() finds it."""
+        if error is not None:
+            self.suspect = True
+
+    def _ignore(self, op: Op, word: str) -> None:
+        if word:
+            self.suspect = True
+
+    def _end(self, mine: RedisDelivery, done: Done) -> None:
+        self.live.pop((mine.source, mine.entry), None)
+        done(None)
+
+    def _revoke(self, mine: RedisDelivery, done: Done) -> None:
+        if self.live.pop((mine.source, mine.entry), None) is not None:
+            self.sink.revoked([mine])
+        done(BrokerUnavailable(f"{mine.position} was taken over by another worker", hint="it is handled there"))
+
+    def _add(
+        self,
+        act: str,
+        mine: RedisDelivery,
+        finish: Callable[[Op, str], None],
+        args: Sequence[object],
+        outputs: Sequence[Outgoing] | None = None,
+        source: Source | None = None,
+    ) -> None:
+        self.pump.add(Op(act, finish, source or self.sources[mine.source], args, outputs))
+
+    # --- healing ----------------------------------------------------------------------------------------------
+
+    async def _doubt(self, mine: RedisDelivery, again: Callable[[], None], done: Done) -> None:
+        """Nobody holds an entry that is ours: settled elsewhere, or its group was deleted and made anew."""
+        try:
+            if not mine.orphan and not await self.reclaim():
+                self._revoke(mine, done)
+                return
+        except BrokerError:
+            await asyncio.sleep(0.2)
+        if (mine.source, mine.entry) in self.live:
+            again()
+        else:
+            self._revoke(mine, done)
+
+    async def reclaim(self) -> bool:
+        """After the group was made anew: what we are handling becomes ours again. False: it is as it was."""
+        main = self.sources[0]
+        if main.group not in await self._connection.groups(main.stream):
+            await self.heal()
+        epoch = await self._link.call(main.stream, "HGET", f"{main.base}:meta", f"epoch/{main.group}") or b"0"
+        if epoch == self.epoch:
+            return False
+        self.epoch = epoch
+        for number, source in enumerate(self.sources):
+            await self.compare(number, source, force=True)
+        return True
+
+    async def compare(self, number: int, source: Source, *, force: bool) -> None:
+        """Who holds what we are handling? What another has is revoked."""
+        live = [delivery for (where, _), delivery in self.live.items() if where == number]
+        if not live:
+            return
+        ids = [delivery.entry for delivery in live]
+        holders = await self._link.script(scripts.MINE, [source.stream], *source.args, int(force), len(ids), *ids)
+        for delivery, holder in zip(live, holders, strict=True):
+            if holder == 0 and force:
+                delivery.orphan = True
+            elif holder != 1 and self.live.pop((number, delivery.entry), None) is not None:
+                self.sink.revoked([delivery])
+
+    async def heal(self) -> None:
+        """Stream or group were deleted from outside."""
+        try:
+            made = await self._connection.restore(self._channel, self._subscription, self.last)
+        except BrokerError as error:
+            self._trouble(str(error))
+            await asyncio.sleep(0.2)
+            return
+        if made:
+            self.sink.alarm(f"{' and '.join(made)} had been deleted and was made again")
+
+    async def adopt(self) -> None:
+        """Entries that are pending under our name and unknown here were read by an answer that never arrived."""
+        for number, source in enumerate(self.sources):
+            try:
+                found = await self._link.call(
+                    source.stream, "XPENDING", source.stream, source.group, "-", "+", 1000, self.me
+                )
+            except BrokerUnavailable as error:
+                raise ConnectionError(str(error)) from error
+            except BrokerError as error:
+                if "NOGROUP" in str(error) and number == 0:
+                    await self.heal()
+                continue  # the inbox is made by the first redrive
+            for entry, _, _, count in found:
+                if (number, entry) not in self.live:
+                    args = (entry, self.me, b"", 0, count - 1)
+                    self.pump.add(Op("back", self.ignore, source, args))
+
+    def ignore(self, op: Op, word: str) -> None:
+        """Settled or moved meanwhile: then there was nothing to adopt."""
+
+    def beside(self, work: Coroutine[Any, Any, Any]) -> None:
+        """Runs a coroutine beside the reader; its failure is a broker that is away, which the reader reports."""
+
+        async def guarded() -> None:
+            try:
+                await work
+            except BrokerError as error:
+                _log.debug("put off: %s", error)
+
+        task = asyncio.get_running_loop().create_task(guarded())
+        self._side.add(task)
+        task.add_done_callback(self._side.discard)
+
+    async def end(self) -> None:
+        """Stops what runs beside."""
+        for task in self._side:
+            task.cancel()
+        if self._side:
+            await asyncio.wait(self._side)
