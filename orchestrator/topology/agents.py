@@ -76,10 +76,13 @@ class Agents:
             self.problems.error(code, message, at, expected=expected, suggestion=suggestion)
 
     def _setting(self, entry: Entry[spec.AgentSpec], name: str) -> tuple[Any, Node]:
-        """What the agent, else `defaults.agents`, says, and where. None when neither does, or it was reported."""
+        """What the agent, else `defaults.agents`, says, and where. None when neither does, or it was reported.
+
+        An explicit null is an answer too; what runs elsewhere takes no defaults."""
         own = getattr(entry.spec, name)
         defaults = self.document.agent_defaults
-        if own is not None or name in entry.dropped or defaults is None:
+        said = name in entry.node.entries or name in entry.dropped
+        if said or defaults is None or entry.spec.external:
             return own, entry.at(name)
         return getattr(defaults.spec, name), defaults.at(name)
 

@@ -89,7 +89,7 @@ def credentials(tree: Map) -> list[str]:
             node = auth.get(name) if isinstance(auth, Map) else None
             if isinstance(node, Scalar) and node.value is not None:
                 found.append(node.text)
-    return [text for text in found if text]
+    return [text for text in found if len(text) > 3]  # redacting "x" would make every message unreadable
 
 
 def stand_in(name: str) -> Broker:

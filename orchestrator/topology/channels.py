@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from orchestrator.topology import spec
 from orchestrator.topology.brokers import EMBEDDED, resolve_broker, stand_in
@@ -131,18 +132,18 @@ def _channel(
 ) -> Channel:
     said, common = entry.spec, defaults.spec if defaults else spec.ChannelDefaultsSpec.model_construct()
 
-    def pick(name: str, otherwise: object) -> object:
+    def pick(name: str, otherwise: Any) -> Any:
         own = getattr(said, name)
-        if own is None and name not in entry.dropped:
+        if own is None and name not in entry.dropped and name not in entry.node.entries:
             own = getattr(common, name, None)
         return otherwise if own is None else own
 
     events = minimal(said.events or ())
-    mode = Mode(str(pick("mode", "log")))
-    retention = _retention(said.retention or common.retention)
+    mode = Mode(pick("mode", "log"))
+    retention = _retention(pick("retention", None))
     overflow = pick("overflow", "reject" if mode is Mode.QUEUE else "drop_oldest")
-    codec = str(pick("codec", "agent-event"))
-    key = said.key or common.key
+    codec = pick("codec", "agent-event")
+    key = pick("key", None)
     if codec == "json" and "events" not in entry.dropped and (len(events) != 1 or not concrete(events[0])):
         problems.error(
             "codec",
@@ -150,7 +151,7 @@ def _channel(
             entry.at("codec") if said.codec else entry.key,
             expected="events: [one.type]",
         )
-    window = said.dedup_window or common.dedup_window
+    window = pick("dedup_window", 120.0)
     if said.dedup_window and retention.max_age and said.dedup_window > retention.max_age:
         problems.error(
             "dedup-window",
@@ -165,15 +166,15 @@ def _channel(
         mode=mode,
         events=events,
         retention=retention,
-        overflow=Overflow(str(overflow)),
-        partitions=int(str(pick("partitions", 1))),
+        overflow=Overflow(overflow),
+        partitions=pick("partitions", 1),
         key=key or "correlation_id",
         key_required=key is not None,
-        replication=int(str(pick("replication", 1))),
-        dedup_window=min(window or 120.0, retention.max_age or float("inf")),
+        replication=pick("replication", 1),
+        dedup_window=min(window, retention.max_age or float("inf")),
         schemas=_schemas(entry, events, schemas, problems),
         codec=codec,
-        protect=bool(pick("protect", False)),
+        protect=pick("protect", False),
         external=bool(said.external),
     )
 

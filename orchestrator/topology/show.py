@@ -113,7 +113,7 @@ def _agent(agent: Agent) -> dict[str, Any]:
         "group": groups[0] if len(groups) == 1 else None,
     }
     if agent.external:
-        return _some({"external": True, **entry})
+        return _some({"external": True, **entry, "env": dict(agent.env), "config": dict(agent.config)})
     restart = agent.restart
     return _some(
         {
