@@ -8,19 +8,19 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Collection, Coroutine, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from orchestrator.brokers import registry
 from orchestrator.errors import SupervisorError
 from orchestrator.supervisor import locks, process
 from orchestrator.supervisor.logs import LogSink
 from orchestrator.supervisor.nursery import Nursery
 from orchestrator.supervisor.process import State
-from orchestrator.supervisor.rollout import Running, Step, Wanted, agent_digest, steps
+from orchestrator.supervisor.rehearsal import Rehearsal
+from orchestrator.supervisor.rollout import Running, Step, Wanted, steps
 from orchestrator.supervisor.slot import Counts, Post, Slot
-from orchestrator.topology.model import Agent, Topology
+from orchestrator.supervisor.target import Target
 
 #: Seconds between looks at the clock while all is calm, and while something is on its way.
 _CALM, _BUSY = 1.0, 0.05
@@ -29,43 +29,6 @@ _CALM, _BUSY = 1.0, 0.05
 _RECOVERIES = 3
 
 Progress = Callable[[Mapping[str, Any]], None]
-
-
-@dataclass(frozen=True)
-class Target:
-    """What should run: a topology, the digests of its handlers' code, and what people asked for since."""
-
-    topology: Topology
-    code: Mapping[str, str] = field(default_factory=dict)
-    scaled: Mapping[str, int] = field(default_factory=dict)
-    paused: Mapping[str, str] = field(default_factory=dict)  # agent -> reason
-    rounds: Mapping[str, int] = field(default_factory=dict)  # restarts asked for
-
-    @property
-    def key(self) -> str:
-        return self.topology.revision()
-
-    def digest(self, agent: Agent) -> str:
-        code = f"{self.code.get(agent.name, '')}:{self.rounds.get(agent.name, 0)}"
-        return agent_digest(self.topology, agent, code)
-
-    def replicas(self, agent: Agent) -> int:
-        return self.scaled.get(agent.name, agent.replicas)
-
-    def agents(self) -> dict[str, Agent]:
-        """Those that we start."""
-        return {name: agent for name, agent in self.topology.agents.items() if not agent.external}
-
-    def wanted(self, gate: Collection[str] = ()) -> dict[str, Wanted]:
-        return {
-            name: Wanted(self.digest(agent), self.replicas(agent), _overlap(self.topology, agent), name in gate)
-            for name, agent in self.agents().items()
-        }
-
-
-def _overlap(topology: Topology, agent: Agent) -> bool:
-    kinds = {topology.brokers[s.broker].kind for s in agent.subscriptions}
-    return all(registry.adapter(kind).capabilities.overlap for kind in kinds)
 
 
 class Fleet:
@@ -80,13 +43,13 @@ class Fleet:
         self._output = output
         self._nursery = Nursery(self, entry)
         self._left: dict[tuple[str, int], int] = {}  # journals without an owner, and how often they were tried
-        self._gate: frozenset[str] = frozenset()
         self._progress: Progress | None = None
         self._wanted: dict[str, Wanted] = {}
         self._wake = asyncio.Event()
         self._moved = asyncio.Condition()
         self._lock = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._rehearsals: set[Rehearsal] = set()
         self._stopping = False
         self._failed = asyncio.Event()
         self._failure: BaseException | None = None
@@ -115,14 +78,17 @@ class Fleet:
             touched = gate | (old.keys() - new.keys())
             self._progress = progress
             try:
+                await self._rehearse(target, [name for name in gate if not new[name].overlap], deadline)
                 self._aim(target, gate)
                 await self._converge(touched, deadline)
             except SupervisorError:
                 self._aim(previous)
                 raise
             finally:
-                self._gate, self._progress = frozenset(), None
-                self._nursery.keep({slot.post.key for slot in self.slots.values()} | {self._key()})
+                self._progress = None
+                if not self._stopping:
+                    self._wanted = self.target.wanted()
+                self._nursery.keep({slot.post.key for slot in self.slots.values()} | {self.target.key})
 
     async def stop(self) -> None:
         """Drains every worker within its own drain_timeout, then ends the warm parent."""
@@ -180,13 +146,10 @@ class Fleet:
 
     # --- towards the target --------------------------------------------------------------------------------------
 
-    def _key(self) -> str:
-        return self.target.key if self.target is not None else ""
-
     def _aim(self, target: Target, gate: Collection[str] = ()) -> None:
         if self._stopping:
             return
-        self.target, self._gate = target, frozenset(gate)
+        self.target = target
         self._wanted = target.wanted(gate)
         for slot in self.slots.values():
             if (agent := target.agents().get(slot.post.agent)) is not None:
@@ -256,6 +219,16 @@ class Fleet:
             else:
                 self._left.pop(place, None)
             slot.close()
+
+    async def _rehearse(self, target: Target, agents: Collection[str], deadline: float) -> None:
+        """Agents whose old workers go first: their new code must load, and their brokers answer, before they do."""
+        for name in agents:
+            rehearsal = Rehearsal(target.agents()[name], self._nursery, self.log)
+            self._rehearsals.add(rehearsal)
+            try:
+                await rehearsal.run(target.key, target.topology, self._run_dir, deadline)
+            finally:
+                self._rehearsals.discard(rehearsal)
 
     async def _converge(self, touched: Collection[str], deadline: float) -> None:
         """Returns when exactly what is wanted of `touched` runs."""
@@ -328,7 +301,7 @@ class Fleet:
             calm = all(slot.life.state is State.READY for slot in self.slots.values())
             self._wake.clear()
             try:
-                async with asyncio.timeout(_CALM if calm and not self._gate else _BUSY):
+                async with asyncio.timeout(_CALM if calm and self._progress is None else _BUSY):
                     await self._wake.wait()
             except TimeoutError:
                 pass
@@ -351,11 +324,15 @@ class Fleet:
     def exited(self, number: int, code: int | None, signal_number: int | None) -> None:
         for slot in self.slots.values():
             slot.exited(number, code, signal_number)
+        for rehearsal in self._rehearsals:
+            rehearsal.exited(number, code, signal_number)
 
     def lost(self) -> None:
         self.said("warning", "", "the warm parent died; its workers are replaced by those of a new one")
         for slot in self.slots.values():
             slot.abandon()
+        for rehearsal in self._rehearsals:
+            rehearsal.abandon()
         self._keep(self._nursery.restart())
         self._wake.set()
 
@@ -372,8 +349,8 @@ class Fleet:
     def said(self, level: str, agent: str, text: str) -> None:
         self._output.say(level, agent, text)
 
-    def log(self, slot: Slot, line: bytes) -> None:
-        self._output.line(slot.post.agent, slot.post.number, line)
+    def log(self, agent: str, slot: int, line: bytes) -> None:
+        self._output.line(agent, slot, line)
 
     def spawned(self, number: int, pid: int) -> None:
         for slot in self.slots.values():

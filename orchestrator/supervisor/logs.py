@@ -11,7 +11,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, TextIO
@@ -52,20 +52,13 @@ class LogSink:
         if color is None:
             color = stream is not None and stream.isatty() and not os.environ.get("NO_COLOR")
         self._painter = Painter(color)
-        self._redact: Callable[[str], str] = str
+        self._secrets: set[str] = set()  # an edit may change one while old workers still know the other
         self._followers: list[asyncio.Queue[Record]] = []
 
     def use(self, topology: Topology) -> None:
-        """From now on its secrets are redacted, and its agents' names aligned."""
-        escaped = [json.dumps(secret)[1:-1] for secret in topology.secrets if secret]
-
-        def redact(text: str) -> str:
-            text = topology.redact(text)
-            for secret in escaped:
-                text = text.replace(secret, "***")
-            return text
-
-        self._redact = redact
+        """From now on its secrets are redacted too, and its agents' names aligned."""
+        for secret in filter(None, topology.secrets):
+            self._secrets |= {secret, json.dumps(secret)[1:-1]}
         self._painter.align(topology.agents)
 
     def line(self, agent: str, slot: int, raw: bytes) -> None:
@@ -97,6 +90,11 @@ class LogSink:
         if self._files is not None:
             self._files.close()
 
+    def _redact(self, text: str) -> str:
+        for secret in sorted(self._secrets, key=len, reverse=True):
+            text = text.replace(secret, "***")
+        return text
+
     def _emit(self, record: Record) -> None:
         if self._files is not None:
             self._files.write(record)
@@ -123,7 +121,7 @@ class Painter:
         self._colors: dict[str, int] = {}
         self._width = len(SUPERVISOR)
 
-    def align(self, agents: Iterator[str] | Any) -> None:
+    def align(self, agents: Iterable[str]) -> None:
         self._width = max([self._width, *(len(name) + 2 for name in agents)])
 
     def paint(self, record: Record) -> str:

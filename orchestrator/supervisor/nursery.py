@@ -106,8 +106,11 @@ class Nursery:
         if stale:
             self._ask({"op": "forget", "keys": stale})
 
-    def spawn(self, key: str, topology: Topology, agent: str, slot: int, run_dir: Path) -> tuple[int, int, int]:
-        """Asks for a worker; returns its id, and our ends of its control socket and its log pipe (descriptors)."""
+    def spawn(
+        self, key: str, topology: Topology, agent: str, slot: int, run_dir: Path, *, rehearsal: bool = False
+    ) -> tuple[int, int, int]:
+        """Asks for a worker, or for a process that only rehearses its start. Returns its id, and our ends of its
+        control socket and its log pipe (descriptors)."""
         if key not in self._known:
             self._known[key] = asyncio.get_running_loop().create_future()
             self._ask({"op": "topology", "key": key, "dump": dump(topology).decode()})
@@ -115,7 +118,7 @@ class Nursery:
         control, theirs = socket.socketpair()
         log, their_log = os.pipe()
         request = {"op": "spawn", "id": self._next_id, "key": key, "agent": agent, "slot": slot}
-        self._ask({**request, "run_dir": str(run_dir)}, theirs.detach(), their_log)
+        self._ask({**request, "run_dir": str(run_dir), "rehearsal": rehearsal}, theirs.detach(), their_log)
         return self._next_id, control.detach(), log
 
     def kill(self, number: int) -> None:

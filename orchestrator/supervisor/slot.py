@@ -64,7 +64,7 @@ class Audience(Protocol):
     def changed(self, slot: Slot) -> None:
         """Its state or reason is another one."""
 
-    def log(self, slot: Slot, line: bytes) -> None:
+    def log(self, agent: str, slot: int, line: bytes) -> None:
         """A line that its worker wrote."""
 
     def pause(self, agent: str, reason: str) -> None:
@@ -180,7 +180,7 @@ class Slot:
         self._id, control, log = self._nursery.spawn(post.key, post.topology, post.agent, post.number, post.run_dir)
         number = self._id
         self._control = Lines(control, self._message, lambda: self._control_ended(number))
-        self._output = Lines(log, lambda line: self._audience.log(self, line), lambda: None)
+        self._output = Lines(log, lambda line: self._audience.log(post.agent, post.number, line), lambda: None)
         if self.paused:
             self.send({"type": "pause"})
 

@@ -51,7 +51,7 @@ def _agent(
         "replicas": replicas,
         "ready": sum(slot.life.state is State.READY for slot in slots),
         "restarts": fleet.restarts.get(agent.name, 0) + sum(slot.life.restarts for slot in slots),
-        "lag": lag.waiting + lag.delayed if lag is not None and lag.waiting >= 0 else None,
+        "lag": lag.waiting + lag.in_flight + lag.delayed if lag is not None and lag.waiting >= 0 else None,
         "in_flight": total.in_flight,
         "oldest_s": round(lag.oldest_s, 3) if lag is not None else None,
         "dead": total.dead,

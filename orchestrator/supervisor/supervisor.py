@@ -18,9 +18,10 @@ from typing import Any
 from orchestrator.errors import LockedError, OrchestratorError, SupervisorError
 from orchestrator.supervisor import code, locks, status
 from orchestrator.supervisor.control import ControlServer, Tell
-from orchestrator.supervisor.fleet import Fleet, Progress, Target
+from orchestrator.supervisor.fleet import Fleet, Progress
 from orchestrator.supervisor.logs import LogSink
 from orchestrator.supervisor.observer import Observer
+from orchestrator.supervisor.target import Target
 from orchestrator.supervisor.warm import ENTRY, LAST_DRAIN
 from orchestrator.topology import dump, restore
 from orchestrator.topology.model import Topology

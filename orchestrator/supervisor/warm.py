@@ -6,7 +6,7 @@ FD is a stream socket to the supervisor; each message is a line of JSON, both wa
 
     <- {"op": "topology", "key", "dump"}                 parsed once, shared with each worker by fork
     <- {"op": "forget", "keys"}
-    <- {"op": "spawn", "id", "key", "agent", "slot", "run_dir"}    with two descriptors: control socket, log pipe
+    <- {"op": "spawn", "id", "key", "agent", "slot", "run_dir", "rehearsal"}   with two descriptors: control, log
     <- {"op": "kill", "id"}                              SIGKILL; safe, since only we reap
     -> {"topology", "error", "hint"} · {"spawned", "pid"} · {"exited", "code", "signal"}
 
@@ -35,6 +35,7 @@ from typing import Any, cast
 from orchestrator.brokers import registry
 from orchestrator.errors import OrchestratorError
 from orchestrator.supervisor.locks import hold_slot
+from orchestrator.supervisor.rehearsing import rehearse
 from orchestrator.topology import restore
 from orchestrator.topology.model import Topology
 from orchestrator.worker.spec import WorkerSpec
@@ -126,11 +127,17 @@ class Warm:
         pid = os.fork()
         if pid == 0:
             self._close()
-            become(spec, control, log, self._entry)
+            if message["rehearsal"]:
+                become(spec, control, log, rehearse)
+            become(spec, control, log, self._holding)
         os.close(control)
         os.close(log)
         self._pids[message["id"]], self._ids[pid] = pid, message["id"]
         self._tell({"spawned": message["id"], "pid": pid})
+
+    def _holding(self, spec: WorkerSpec, control: socket.socket) -> int:
+        hold_slot(spec.run_dir, spec.agent, spec.slot)
+        return self._entry(spec, control)
 
     def _close(self) -> None:
         """What a fresh child must not share with us."""
@@ -191,7 +198,6 @@ def become(spec: WorkerSpec, control: int, log: int, entry: Entry) -> None:
         for descriptor in (null, log):
             os.close(descriptor)
         sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-        hold_slot(spec.run_dir, spec.agent, spec.slot)
         code = entry(spec, socket.socket(fileno=control))
     except BaseException:
         traceback.print_exc()

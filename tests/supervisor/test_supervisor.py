@@ -7,6 +7,7 @@ import asyncio
 import os
 import signal
 from dataclasses import replace
+from itertools import pairwise
 
 import psutil
 import pytest
@@ -51,7 +52,7 @@ async def test_a_crash_loop_backs_off_and_is_shown_while_the_others_run(run):
     assert team.agent("writing")["restarts"] == 0
     assert team.supervisor.status()["state"] == "degraded"
     starts = [at for name, _, word, at in team.record() if (name, word) == ("research.0", "start")]
-    gaps = [b - a for a, b in zip(starts, starts[1:], strict=False)]
+    gaps = [b - a for a, b in pairwise(starts)]
     assert gaps[3] > 0.3 > gaps[0]
 
 
