@@ -11,6 +11,7 @@ import asyncio
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -69,6 +70,7 @@ class Outcome:
     dead_missing: list[int] = field(default_factory=list)
     too_many_runs: list[int] = field(default_factory=list)  # those that fail by themselves, beyond max_attempts
     back_after_s: list[float] = field(default_factory=list)  # broker up again -> next event handled
+    evidence: list[str] = field(default_factory=list)  # the record's lines of the first that went wrong
     seconds: float = 0.0
 
     @property
@@ -100,8 +102,8 @@ class Chaos:
         (folder / "handlers.py").write_text((HERE / "handlers.py").read_text())
         self.process: subprocess.Popen[bytes] | None = None
 
-    def command(self, *args: str) -> Any:
-        """Runs one command and returns its JSON."""
+    def command(self, *args: str) -> str:
+        """Runs one command and returns what it wrote to stdout."""
         done = subprocess.run(
             [sys.executable, "-m", "orchestrator.cli.main", *args, "-o", "json"],
             cwd=self.folder,
@@ -111,7 +113,7 @@ class Chaos:
         )
         if done.returncode:
             raise RuntimeError(f"{args}: {done.returncode}\n{done.stderr[-1500:]}")
-        return json.loads(done.stdout)
+        return done.stdout
 
     def workers(self) -> list[psutil.Process]:
         """The forked workers: children of the warm parent, which is a child of the supervisor."""
@@ -139,20 +141,19 @@ class Chaos:
                     group.create_task(one(n, kind))
 
     async def kill_workers(self) -> None:
-        while self.outcome.worker_kills < self.worker_kills and not self.finished():
-            await asyncio.sleep(self.rng.uniform(0.2, 0.6))
-            if victims := self.workers():
-                victim = self.rng.choice(victims)
-                try:
-                    os.kill(victim.pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    continue
-                self.outcome.worker_kills += 1
+        """Spread over the whole flow: kills as fast as workers return would leave nothing but recovery to look at."""
+        for number in range(self.worker_kills):
+            due = len(self.kinds) * (number + self.rng.random()) / (self.worker_kills + 1)
+            await self.until(lambda due=due: self.handled() >= due, f"{due:.0f} handled")
+            while not (victims := self.workers()):
+                await asyncio.sleep(0.05)
+            os.kill(self.rng.choice(victims).pid, signal.SIGKILL)
+            self.outcome.worker_kills += 1
 
     async def kill_broker(self) -> None:
         for number in range(self.broker_kills):
             due = len(self.kinds) * (number + 1) / (self.broker_kills + 2)
-            await self.until(lambda due=due: len({line[0] for line in self.lines()}) >= due, f"{due:.0f} handled")
+            await self.until(lambda due=due: self.handled() >= due, f"{due:.0f} handled")
             await asyncio.to_thread(self.server.kill)
             await asyncio.sleep(0.5)
             await asyncio.to_thread(self.server.start)
@@ -169,20 +170,23 @@ class Chaos:
             await asyncio.sleep(0.2)
 
     def finished(self) -> bool:
-        return len({line[0] for line in self.lines()}) >= len(self.kinds)
+        return self.handled() >= len(self.kinds)
+
+    def handled(self) -> int:
+        return len({line[0] for line in self.lines()})
 
     def settled(self) -> bool:
-        agents = self.command("status")["agents"]
+        agents = json.loads(self.command("status"))["agents"]
         return all(a["lag"] == 0 and a["in_flight"] == 0 for a in agents)
 
     def judge(self) -> None:
         out = self.outcome
         runs = Counter(int(line[0]) for line in self.lines())
         doomed = {n for n, kind in enumerate(self.kinds) if kind in ("fail", "die")}
-        completed = {
-            e["payload"]["n"] for e in self.command("tail", "events", "--no-follow", "--from", "earliest")["events"]
-        }
-        dead = Counter(d["event"]["payload"]["n"] for d in self.command("dlq", "list", "--limit", "0")["dead_letters"])
+        tail = self.command("tail", "agent.completed", "--channel", "events", "--no-follow", "--from", "earliest")
+        completed = {json.loads(line)["payload"]["n"] for line in tail.splitlines()}
+        letters = json.loads(self.command("dlq", "list"))["dead_letters"]
+        dead = Counter(int(letter["event_id"].removeprefix("chaos-")) for letter in letters)
         out.runs = sum(runs.values())
         out.lost = [n for n in range(out.events) if n not in runs]
         out.outputs_missing = [n for n in range(out.events) if n not in doomed and n not in completed and n not in dead]
@@ -190,6 +194,8 @@ class Chaos:
         out.dead_twice = [n for n, count in dead.items() if count > 1]
         out.dead_innocent = sorted(set(dead) - doomed)
         out.dead_missing = sorted(doomed - set(dead))
+        wrong = {*out.lost, *out.outputs_missing, *out.dead_twice, *out.dead_innocent, *out.dead_missing}
+        out.evidence = [" ".join(line) for line in self.lines() if int(line[0]) in wrong][:40]
         out.too_many_runs = [n for n in doomed if runs[n] > 3 + out.worker_kills]
 
     async def run(self, patience: float = 300.0) -> Outcome:
@@ -226,6 +232,7 @@ def main() -> int:
     parser.add_argument("--worker-kills", type=int, default=20)
     parser.add_argument("--broker-kills", type=int, default=3)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1_000_000))
+    parser.add_argument("--keep", metavar="FILE", help="copy the supervisor's log here")
     args = parser.parse_args()
     with (
         tempfile.TemporaryDirectory(prefix="chaos-") as name,
@@ -246,6 +253,8 @@ def main() -> int:
         except BaseException:
             print((folder / "supervisor.log").read_text()[-4000:], file=sys.stderr)
             raise
+        if args.keep:
+            shutil.copy(folder / "supervisor.log", args.keep)
     print(json.dumps({"broker": args.broker, "seed": args.seed, **asdict(outcome), "good": outcome.good}, indent=2))
     return 0 if outcome.good else 1
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import time
 from pathlib import Path
 
 from orchestrator import AgentEvent, Context
@@ -12,7 +13,9 @@ _fd = os.open(RECORD, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
 
 def note(event: AgentEvent, ctx: Context) -> None:
     """One atomic append; it is in the file even when the process dies in the next instruction."""
-    os.write(_fd, f"{event.payload['n']} {event.payload['do']} {ctx.attempt} {os.getpid()}\n".encode())
+    os.write(
+        _fd, f"{event.payload['n']} {event.payload['do']} {ctx.attempt} {os.getpid()} {time.time():.3f}\n".encode()
+    )
 
 
 async def work(event: AgentEvent, ctx: Context) -> None:
