@@ -6,6 +6,7 @@ Reading for `tail`, `dlq` and `status` touches no subscription: messages are fet
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import re
 import time
@@ -31,6 +32,7 @@ from orchestrator.brokers.nats.consumer import NatsConsumer, public_headers
 from orchestrator.brokers.nats.producer import NatsProducer, Publisher, head
 from orchestrator.brokers.nats.relay import Relay
 from orchestrator.brokers.nats.resources import ACK_WAIT, Resources, letters_root, safe
+from orchestrator.brokers.nats.trimmed import LOST
 from orchestrator.errors import BrokerError, BrokerUnavailable, PublishRejected, RefusedError, ResourceMissing
 from orchestrator.topology.model import Broker, Channel, Mode, Subscription, Topology, matches
 
@@ -265,7 +267,7 @@ class NatsConnection:
             except ResourceMissing:
                 return False
             except ApiError as error:
-                if error.code == 10057:  # sequence not found
+                if error.code in (10043, 10057):  # no such sequence
                     return False
                 raise
             return True
@@ -308,7 +310,9 @@ class NatsConnection:
                 raw = await self.link.message(stream, {"seq": floor + 1, "next_by_subj": subject})
                 if raw is not None:
                     oldest = max(oldest, time.time() - raw.time)
-        return Lag(waiting, pending - delayed, delayed, oldest, unread_lost=0)
+        lost = await self.link.message(names.state, {"last_by_subj": names.history_root(subscription, channel) + LOST})
+        unread_lost = int(json.loads(lost.body)["lost"]) if lost is not None else 0
+        return Lag(waiting, pending - delayed, delayed, oldest, unread_lost)
 
     async def _delayed(self, root: str) -> int:
         """Histories that wait for their time. Beyond a thousand they are counted without being read."""

@@ -8,6 +8,7 @@ first delivery reads nothing: see docs/adr/0003.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import time
 from collections.abc import Coroutine, Sequence
@@ -17,12 +18,14 @@ from orchestrator.brokers.base import FRESH, Delivery, Done, Ended, History, Lef
 from orchestrator.brokers.nats.client import Raw, headers_of
 from orchestrator.brokers.nats.pull import Lane
 from orchestrator.brokers.nats.resources import ACK_WAIT, safe
+from orchestrator.brokers.nats.trimmed import LOST, Trimmed
 from orchestrator.errors import BrokerError, OrchestratorError, ResourceMissing
-from orchestrator.topology.model import Subscription
+from orchestrator.topology.model import Mode, Subscription
 
 if TYPE_CHECKING:
     from orchestrator.brokers.nats.connection import NatsConnection
 
+_LOOK = 2.0  # seconds between looks for unread events that were trimmed
 _REMEMBERED = 65536  # events given back unstarted
 _EARLY = 0.02  # seconds before its time that a retry may be handed out
 
@@ -63,24 +66,26 @@ def public_headers(block: bytes) -> dict[str, str]:
 
 
 class _Record:
-    """A history as it is stored: with the delivery count it accounts for, and the stamp of the event it is about."""
+    """A history as it is stored: with the delivery that it accounts for, and the stamp of the event it is about."""
 
-    __slots__ = ("count", "history", "stamp")
+    __slots__ = ("count", "history", "reply", "stamp")
 
-    def __init__(self, history: History, count: int, stamp: bytes) -> None:
+    def __init__(self, history: History, count: int, stamp: bytes, reply: bytes) -> None:
         self.history = history
         self.count = count
         self.stamp = stamp
+        self.reply = reply
 
     def encode(self) -> bytes:
         known = self.history.encode()[:-1]  # "{" or '{"attempts":1'
-        return b'%b%b"~n":%d,"~t":"%b"}' % (known, b"," if len(known) > 1 else b"", self.count, self.stamp)
+        comma = b"," if len(known) > 1 else b""
+        return b'%b%b"~n":%d,"~t":"%b","~r":"%b"}' % (known, comma, self.count, self.stamp, self.reply)
 
     @classmethod
     def decode(cls, data: bytes) -> _Record | None:
         try:
             raw = json.loads(data)
-            return cls(History.decode(data), int(raw["~n"]), str(raw["~t"]).encode())
+            return cls(History.decode(data), int(raw["~n"]), str(raw["~t"]).encode(), str(raw["~r"]).encode())
         except (ValueError, KeyError, TypeError):
             return None  # not ours: whoever wrote it, the event is then as good as fresh
 
@@ -127,6 +132,10 @@ class NatsConsumer:
         durable = names.redrive_durable(subscription, self._channel)
         self._redrive = Lane(self._link, names.inbox, durable, self._on_redrive, self._on_late, self._on_lost)
         self._send = connection.producer().send
+        queue = self._channel.mode is Mode.QUEUE
+        publisher, root = connection.publisher, self._history_root
+        self._trimmed = Trimmed(self._link, publisher, names.state, root, queue, self._alarm)
+        self._looked = 0.0
         self._sink: Sink | None = None
         self._free = 0
         self._looking = 0  # redeliveries whose history is being read
@@ -166,10 +175,13 @@ class NatsConsumer:
             if lane is self._main:
                 self._floor = int(info["ack_floor"]["stream_seq"])
                 self._lease = float(info["config"]["ack_wait"]) / 1e9
+                await self._trimmed.look(lane.stream, info)
         known: dict[str, _Record] = {}
         async for raw in self._link.read(self._state, subject=self._history_root + "*"):
             suffix = raw.subject.rpartition(".")[2]
             record = _Record.decode(raw.body)
+            if suffix == LOST:
+                continue
             if suffix.isdigit() and int(suffix) <= self._floor:
                 self._forget(raw.subject)  # settled, and its worker died before it could forget
             elif record is not None:
@@ -227,10 +239,19 @@ class NatsConsumer:
         finally:
             self._resuming = None
         if self._reading:
+            self._remind()
             self._main.restart()
             self._redrive.restart()
             self._say(None)
             self.demand(self._free)
+
+    def _remind(self) -> None:
+        """A killed server forgets when a retry was due and would wait a whole lease. What is past its time is left to
+        that lease: it may be running elsewhere."""
+        now = time.time()
+        for record in self._known.values():
+            if record.history.not_before > now:
+                self._nak(record.reply, record.history.not_before - now)
 
     async def _heal(self, missing: ResourceMissing) -> None:
         try:
@@ -253,10 +274,18 @@ class NatsConsumer:
                 if quiet:
                     self._resume(f"no sign of life of {quiet[0].stream}/{quiet[0].durable}")
             now = self._clock()
+            if self._slot.endswith(".0") and self._reading and now - self._looked >= _LOOK:
+                self._looked = now
+                self._spawn(self._look())
             if now - self._extended >= self._lease / 3:
                 self._extended = now
                 for delivery in self._unsettled.values():
                     self._client.send(b"PUB %b 4\r\n+WPI\r\n" % delivery.reply)
+
+    async def _look(self) -> None:
+        stream, durable = self._main.stream, self._main.durable
+        with contextlib.suppress(BrokerError):  # the pull loop reports and heals; this looks again in two seconds
+            await self._trimmed.look(stream, await self._link.api(f"CONSUMER.INFO.{stream}.{durable}"))
 
     def keep_alive(self) -> None:
         replies = [delivery.reply.decode() for delivery in list(self._unsettled.values())]
@@ -471,7 +500,7 @@ class NatsConsumer:
 
     def _store(self, delivery: NatsDelivery, history: History, done: Done) -> None:
         """Keeps `history`; it accounts for the deliveries so far."""
-        record = _Record(history, delivery.count, delivery.stamp)
+        record = _Record(history, delivery.count, delivery.stamp, delivery.reply)
         delivery.stored = True
         self._connection.publisher.publish(self._subject(delivery).encode(), b"", record.encode(), self._state, done)
 
