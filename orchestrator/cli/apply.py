@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from orchestrator.operate.applying import Listener
     from orchestrator.reconcile.plan import Operation, Plan
     from orchestrator.reconcile.planner import Consent
+    from orchestrator.topology.diagnostics import Diagnostic
+    from orchestrator.topology.loader import Loaded
     from orchestrator.topology.model import Topology
 
 # `operate` and `reconcile` import the brokers' client libraries: they are imported where a command runs.
@@ -37,6 +40,9 @@ class PlanOutput(StrEnum):
     JSON = "json"
     MARKDOWN = "markdown"
 
+
+#: Warnings of the file that plan and apply show; validate shows all.
+_SHOWN = 10
 
 Prune = Annotated[bool, typer.Option("--prune", help="Delete what is ours and no file names any more.")]
 
@@ -62,8 +68,13 @@ def plan(
     from orchestrator.operate import applying
     from orchestrator.reconcile import render
 
-    topology = _load(sources, files, sets, vars_files, strict=strict)
-    made = asyncio.run(applying.plan(topology, _consent(prune, allow_loss)))
+    loaded = _loaded(sources, files, sets, vars_files, strict=strict)
+    made = asyncio.run(applying.plan(loaded.topology, _consent(prune, allow_loss)))
+    if output is PlanOutput.TEXT:
+        _show_warnings(loaded.warnings)
+    else:
+        said = tuple(f"{d.mark}: {d.message}" if d.mark else d.message for d in loaded.warnings)
+        made = replace(made, warnings=(*said, *made.warnings))
     if out is not None:
         made.save(out)
     if output is PlanOutput.JSON:
@@ -183,14 +194,35 @@ def _load(
     *,
     strict: bool = False,
 ) -> Topology:
-    from orchestrator.topology.diagnostics import TopologyError, render
+    """The topology; its warnings are shown, the first few of many."""
+    loaded = _loaded(sources, files, sets, vars_files, strict=strict)
+    _show_warnings(loaded.warnings)
+    return loaded.topology
 
-    loaded = load_all([*(sources or []), *(files or [])], sets, vars_files)
+
+def _loaded(
+    sources: list[str] | None,
+    files: list[str] | None,
+    sets: list[str] | None,
+    vars_files: list[Path] | None,
+    *,
+    strict: bool,
+) -> Loaded:
+    from orchestrator.topology.diagnostics import TopologyError
+
+    loaded = load_all([*(sources or []), *(files or [])], sets, vars_files, lint=True)
     if loaded.warnings and strict:
         raise TopologyError(loaded.warnings, loaded.topology.files)
-    if loaded.warnings:
-        console.say(render(loaded.warnings, color=console.wants_color(err=True)))
-    return loaded.topology
+    return loaded
+
+
+def _show_warnings(warnings: list[Diagnostic]) -> None:
+    from orchestrator.topology.diagnostics import render
+
+    if warnings:
+        console.say(render(warnings[:_SHOWN], color=console.wants_color(err=True)))
+    if len(warnings) > _SHOWN:
+        console.say(f"and {len(warnings) - _SHOWN} more warnings: orchestrator validate shows them all")
 
 
 def _consent(prune: bool, allow_loss: list[str] | None) -> Consent:

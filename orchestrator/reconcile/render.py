@@ -5,6 +5,7 @@ Stable line by line, so that a plan reads well in a diff and golden tests can co
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable
 
 from orchestrator.brokers.base import Setting
@@ -12,6 +13,7 @@ from orchestrator.reconcile.plan import Action, Operation, Plan
 from orchestrator.reconcile.planner import holding
 from orchestrator.topology.model import Mark
 
+_INDENT = " " * 12
 _SIGNS = {
     Action.CREATE: "+",
     Action.UPDATE: "~",
@@ -110,19 +112,21 @@ def _operation(operation: Operation, color: bool) -> Iterable[str]:
     if color:
         head = f"\x1b[{_COLORS[operation.action]}m{head}\x1b[0m"
     yield f"  {head}{_at(operation.mark)}"
-    yield f"            {operation.cause}"
-    for change in operation.changes:
-        if operation.action is Action.CREATE:
-            if change.new is not None:
-                yield f"            {change.setting}: {_value(change.new)}"
-        else:
-            yield f"            {change.setting}: {_value(change.old)} -> {_value(change.new)}"
+    yield f"{_INDENT}{operation.cause}"
+    if operation.action is Action.CREATE:
+        settings = ", ".join(f"{c.setting}: {_value(c.new)}" for c in operation.changes if c.new is not None)
+        yield from textwrap.wrap(
+            settings, 110, initial_indent=_INDENT, subsequent_indent=_INDENT, break_on_hyphens=False
+        )
+    else:
+        for change in operation.changes:
+            yield f"{_INDENT}{change.setting}: {_value(change.old)} -> {_value(change.new)}"
     if operation.loses:
-        yield f"            loses {operation.loses}"
+        yield f"{_INDENT}loses {operation.loses}"
     if operation.events and operation.loses != holding(operation):
-        yield f"            holds {holding(operation)}"
+        yield f"{_INDENT}holds {holding(operation)}"
     if operation.hint:
-        yield f"            {operation.hint}"
+        yield f"{_INDENT}{operation.hint}"
 
 
 def _brokers(plan: Plan) -> Iterable[str]:
