@@ -120,9 +120,9 @@ class Marked:
         raise NotImplementedError
 
 
-def near(name: str, names: Iterable[str]) -> str | None:
-    """ "did you mean `x`?" for the closest of `names`, None when nothing is close."""
-    found = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
+def near(name: str, names: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """ "did you mean `x`?" for the closest of `names`, None when nothing is as close as `cutoff` (1 is equal)."""
+    found = difflib.get_close_matches(name, list(names), n=1, cutoff=cutoff)
     if not found:
         lowered = {n.lower(): n for n in names}
         found = [lowered[name.lower()]] if name.lower() in lowered else []

@@ -106,7 +106,7 @@ def _publishers(topology: Topology, flow: Flow, document: Document, problems: Pr
     behind = flow.reached(entries)
     for name, missing in unfed.items():
         for channel, pattern in missing:
-            hint = near(pattern, flow.orphans(channel))
+            hint = near(pattern, flow.orphans(channel), cutoff=0.88)  # task.a and task.b are two types, no slip
             if hint or name in behind:
                 at = _reading(topology.agents[name], document, pattern)
                 message = f"no agent publishes `{pattern}`, which `{name}` reads"

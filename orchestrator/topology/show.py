@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from orchestrator.topology import spec
 from orchestrator.topology.brokers import EMBEDDED
 from orchestrator.topology.model import Agent, Broker, Channel, RetryPolicy, Subscription, Topology
 from orchestrator.topology.units import duration_text, size_text
@@ -146,8 +147,17 @@ def _redacted(value: Any, topology: Topology) -> Any:
     if isinstance(value, (int, float)) and not isinstance(value, bool) and str(value) in topology.secrets:
         return "***"
     if isinstance(value, Mapping):
-        return {_redacted(k, topology): _redacted(v, topology) for k, v in value.items()}
+        return {k if k in _KEYS else _redacted(k, topology): _redacted(v, topology) for k, v in value.items()}
     return [_redacted(v, topology) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+#: Keys of this format: never redacted, even when somebody's password is `password`.
+_KEYS = frozenset(
+    key
+    for kind in vars(spec).values()
+    if isinstance(kind, type) and issubclass(kind, spec.Spec)
+    for key in kind.model_fields
+)
 
 
 class _Dumper(yaml.SafeDumper):

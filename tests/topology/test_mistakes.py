@@ -93,7 +93,7 @@ def test_the_caret_stands_below_its_character() -> None:
     found = only("channels: {c: {events: [größe], mode: quue}}")
     place, source, caret, *_ = render([found]).splitlines()
     assert source[caret.index("^") :].startswith("quue")
-    assert place.startswith("<stdin>:5:38: error: ")
+    assert place.startswith("<stdin>:5:39: error: ")
 
 
 def test_colour_only_when_asked_for() -> None:
