@@ -117,7 +117,11 @@ def apply(
     if detach or no_workers:
         workers = applying.Workers.NONE if no_workers else applying.Workers.DETACH
     listener = _listener(yes=yes or saved is not None, output=output)
-    raise typer.Exit(asyncio.run(applying.apply(topology, _consent(prune, allow_loss), workers, listener, saved=saved)))
+    raise typer.Exit(
+        asyncio.run(
+            applying.apply(topology, _consent(prune, allow_loss), workers, listener, saved=saved, logs=output.value)
+        )
+    )
 
 
 def dev(
@@ -250,7 +254,7 @@ def _listener(*, yes: bool, output: Output, show: bool = True) -> Listener:
     def confirm(plan: Plan) -> None:
         if show:
             _show(plan, output)
-        if plan.pending and not plan.refused:
+        if not plan.empty and not plan.refused:
             console.confirm("Apply this?", yes=yes)
         if output is Output.JSON and show and not plan.refused:
             console.data_json(plan.to_json())

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, Literal
 
 from orchestrator.brokers.embedded import serving
 from orchestrator.errors import SupervisorError
@@ -53,12 +53,18 @@ async def plan(topology: Topology, consent: Consent, *, destroy: bool = False) -
 
 
 async def apply(
-    topology: Topology, consent: Consent, workers: Workers, listener: Listener, *, saved: Plan | None = None
+    topology: Topology,
+    consent: Consent,
+    workers: Workers,
+    listener: Listener,
+    *,
+    saved: Plan | None = None,
+    logs: Literal["text", "json"] = "text",
 ) -> int:
     """Reconciles, then starts or updates the workers; returns the exit code.
 
-    In the foreground it returns when the workers have drained. Raises LockedError, RefusedError, PlanError,
-    BrokerUnavailable, SupervisorError.
+    In the foreground it writes their logs to stdout and returns when they have drained. Raises LockedError,
+    RefusedError, PlanError, BrokerUnavailable, SupervisorError.
     """
     async with serving(topology):
         await reconcile(topology, consent, listener, saved=saved)
@@ -69,7 +75,7 @@ async def apply(
             listener.say("the running supervisor has taken it over")
             return 0
         if workers is Workers.FOREGROUND:
-            supervisor = Supervisor(topology, output=foreground(topology.state_dir))
+            supervisor = Supervisor(topology, output=foreground(topology.state_dir, logs))
             return await supervisor.run()
         await detach(topology, listener)
         return 0

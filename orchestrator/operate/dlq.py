@@ -26,6 +26,9 @@ from orchestrator.topology.model import Subscription, Topology
 #: What an edit may change; the envelope stays what it was.
 EDITABLE = ("payload", "metadata")
 
+#: Redrives that are unconfirmed at a time.
+TOGETHER = 64
+
 
 @dataclass(frozen=True, slots=True)
 class Selection:
@@ -151,17 +154,32 @@ async def redrive(
     Raises BrokerUnavailable when a broker goes away: what was not yielded by then is still a dead letter.
     """
     prepared = [(read, *_prepare(topology, read, changes)) for read in found]
-    for read, subscription, message, problem in prepared:
-        if subscription is None or message is None:
+    sendable = [(read, s, message) for read, s, message, _ in prepared if s is not None and message is not None]
+    for read, _, message, problem in prepared:
+        if message is None:
             yield Result(read, problem)
-            continue
+    size = 1 if rate else TOGETHER
+    for start in range(0, len(sendable), size):
+        chunk = sendable[start : start + size]
         if not dry_run:
-            connection = await connections.get(subscription.broker)
-            await connection.redrive(subscription, message)
-            await _remove(connections, [read])
+            await _send(connections, chunk)
             if rate:
                 await asyncio.sleep(1 / rate)
-        yield Result(read)
+        for read, _, _ in chunk:
+            yield Result(read)
+
+
+async def _send(connections: Connections, chunk: Sequence[tuple[Read, Subscription, Outgoing]]) -> None:
+    """Redrives a few at once, and removes the letters of those that were confirmed. Raises the first failure."""
+
+    async def one(subscription: Subscription, message: Outgoing) -> None:
+        await (await connections.get(subscription.broker)).redrive(subscription, message)
+
+    ended = await asyncio.gather(*(one(s, message) for _, s, message in chunk), return_exceptions=True)
+    await _remove(connections, [read for (read, _, _), error in zip(chunk, ended, strict=True) if error is None])
+    for error in ended:
+        if error is not None:
+            raise error
 
 
 def letter_json(read: Read, *, full: bool = False) -> dict[str, Any]:

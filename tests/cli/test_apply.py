@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -239,3 +240,14 @@ def test_the_lock_names_its_holder(folder: Folder, tmp_path: Path) -> None:
         holder.communicate()
     folder.ok("apply", "--yes", "--no-workers")
     assert os.stat(folder.path / ".orchestrator").st_mode & 0o777 == 0o700
+
+
+def test_a_port_that_something_else_has_taken_is_no_broker(folder: Folder) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        folder.write("topology.yaml", TOPOLOGY + f'brokers: {{main: {{url: "nats://127.0.0.1:{port}"}}}}\n')
+        said = folder.refused("plan")
+    assert f"127.0.0.1:{port}" in said
+    assert "→" in said

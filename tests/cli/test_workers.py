@@ -145,3 +145,18 @@ def test_the_control_socket_is_for_its_owner_alone(folder: Folder) -> None:
     assert os.stat(socket).st_mode & 0o777 == 0o600
     assert os.stat(socket.parent).st_mode & 0o777 == 0o700
     assert os.stat(state).st_mode & 0o777 == 0o700
+
+
+def test_what_init_makes_runs_as_its_next_steps_say(tmp_path: Path) -> None:
+    Folder(tmp_path).ok("init", "story")
+    story = Folder(tmp_path / "story")
+    story.ok("apply", "--yes", "-d")
+    try:
+        story.ok("publish", "task.created", '{"topic": "tides"}', "--correlation-id", "first")
+        wait(lambda: "review.completed" in story.run("trace", "first").out, "tides was not reviewed")
+        story.ok("publish", "task.created", '{"topic": "the impossible"}', "--correlation-id", "second")
+        wait(lambda: "nobody can write" in story.run("dlq", "list").out, "the impossible did not die")
+        story.ok("dlq", "redrive", "--set", "payload.topic=tides", "--yes")
+        wait(lambda: "review.completed" in story.run("trace", "second").out, "the redriven one was not reviewed")
+    finally:
+        story.run("stop")
