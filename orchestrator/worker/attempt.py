@@ -367,6 +367,11 @@ class Attempt:
         self.has_returned()
         endings.after(self, error)
 
+    def abandon(self) -> None:
+        """Whatever becomes of the handler now changes nothing: neither the event nor the journal."""
+        self.stage = Stage.ENDED
+        self.deadline = _FOREVER
+
     def end(self) -> None:
         """Leaves the slot."""
         if self.stage is not Stage.ENDED:

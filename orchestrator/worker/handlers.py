@@ -24,7 +24,7 @@ from orchestrator.event import AgentEvent
 from orchestrator.topology.model import Agent, Topology
 from orchestrator.worker.context import AgentContext, Context, SyncContext
 
-_OURS = str(Path(__file__).resolve().parent.parent)
+_OURS = (str(Path(__file__).resolve().parent.parent), str(Path(importlib.__file__).parent), "<frozen importlib")
 _NAMES = {"event": "event", "ctx": "ctx", "context": "ctx", "payload": "payload"}
 
 
@@ -118,7 +118,7 @@ def user_traceback(error: BaseException) -> str:
 
 
 def _is_ours(filename: str) -> bool:
-    return filename.startswith((_OURS, "<frozen importlib"))
+    return filename.startswith(_OURS)
 
 
 def bind(function: Callable[..., Any], agent: str) -> Callable[[AgentEvent, Any], Any]:

@@ -138,6 +138,7 @@ class Worker:
     async def _make_way(self, runtime: Runtime) -> int:
         """A stubborn attempt: its neighbours get a moment, then the supervisor replaces this process."""
         await runtime.emptied(_OTHERS)
+        runtime.abandon()
         self._control.send("replace", reason=self._stubborn)
         return REPLACE_ME
 

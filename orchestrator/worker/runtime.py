@@ -155,6 +155,11 @@ class Runtime:
             endings.give_back(attempt)  # code that does not stop: the process is about to end
         await self.emptied(_LAST_WORDS)
 
+    def abandon(self) -> None:
+        """This process ends now: what runs is left to the successor, as the journal has it."""
+        for attempt in self.running():
+            attempt.abandon()
+
     async def close(self) -> None:
         """After drain: closes the consumers."""
         await asyncio.gather(*(port.consumer.close() for port in self.ports))
@@ -260,7 +265,7 @@ class Runtime:
     def blame(self, attempt: Attempt) -> None:
         """The culprit is known; the successor counts its attempt and spares the others."""
         self.journal.set(attempt.slot, State.BLAMED)
-        attempt.deadline = float("inf")
+        attempt.abandon()
         self._stuck += 1
         self._draining = True
         self._shut()

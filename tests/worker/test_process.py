@@ -230,6 +230,132 @@ async def test_an_unreachable_broker_is_trouble_until_it_is_there(tmp_path: Path
         server.close()
 
 
+async def test_a_thread_that_does_not_end_has_its_worker_replaced(tmp_path: Path, nats_server: NatsServer) -> None:
+    handler = """
+    def handle(event: AgentEvent, ctx):
+        note(event.payload["n"])
+        if event.payload["n"] == "stuck":
+            time.sleep(3600)
+        time.sleep(0.05)
+        ctx.publish("thread.result.done", {"n": event.payload["n"]})
+    """
+    async with staged(tmp_path, topology(nats_server.url, "thread", "timeout: 1s", attempts=1), handler) as stage:
+        for n in ("one", "stuck", "two"):
+            await stage.client.publish("thread.task.run", {"n": n})
+        worker = stage.worker()
+        await worker.said("status", handled=2)
+        assert "does not stop" in (await worker.said("replace", timeout=30))["reason"]
+        assert await worker.ended() == 75
+        second = stage.worker()
+        await second.said("status", dead=1)
+        assert sorted(stage.ran()) == ["one", "stuck", "two"]
+        assert len(await stage.stored("results")) == 2
+
+
+async def test_pause_on_exhausted_keeps_the_event_for_the_next_try(tmp_path: Path, nats_server: NatsServer) -> None:
+    handler = """
+    async def handle(event: AgentEvent, ctx: Context):
+        note(ctx.attempt)
+        if not (HERE / "mended").exists():
+            raise ValueError("broken")
+    """
+    async with staged(tmp_path, topology(nats_server.url, "pause", "on_exhausted: pause"), handler) as stage:
+        worker = stage.worker()
+        await worker.said("ready")
+        await stage.client.publish("pause.task.run", {})
+        told = await worker.said("paused")
+        assert "broken" in told["reason"]
+        await worker.said("status", paused=True)
+        assert stage.ran() == ["1", "2", "3"]
+        (tmp_path / "mended").touch()
+        worker.tell("resume")
+        await worker.said("status", handled=1)
+        assert stage.ran() == ["1", "2", "3", "1"]
+        assert await stage.letters() == []
+
+
+async def test_drop_on_exhausted(tmp_path: Path, nats_server: NatsServer) -> None:
+    handler = """
+    async def handle(event: AgentEvent, ctx: Context):
+        raise ValueError("broken")
+    """
+    async with staged(tmp_path, topology(nats_server.url, "drop", "on_exhausted: drop"), handler) as stage:
+        worker = stage.worker()
+        await stage.client.publish("drop.task.run", {})
+        await worker.said("status", dead=1)
+        assert await stage.backlog() == 0
+        assert await stage.letters() == []
+
+
+async def test_pause_and_resume_by_command(tmp_path: Path, nats_server: NatsServer) -> None:
+    handler = "async def handle(event, ctx): note('ran')"
+    async with staged(tmp_path, topology(nats_server.url, "cmd"), handler) as stage:
+        worker = stage.worker()
+        await worker.said("ready")
+        worker.tell("pause")
+        await worker.said("status", paused=True)
+        await stage.client.publish("cmd.task.run", {})
+        await until(lambda: worker.messages.clear() or True)
+        await worker.said("status", paused=True)
+        assert stage.ran() == []
+        worker.tell("resume")
+        await until(lambda: stage.ran() == ["ran"])
+
+
+async def test_lifespan_surrounds_the_handler_and_its_failure_is_a_failed_load(
+    tmp_path: Path, nats_server: NatsServer
+) -> None:
+    handler = """
+    from contextlib import asynccontextmanager
+
+    @asynccontextmanager
+    async def lifespan(ctx):
+        note(f"up:{ctx.config['depth']}")
+        if (HERE / "broken").exists():
+            raise RuntimeError("no model")
+        yield
+        note("down")
+
+    async def handle(event, ctx):
+        note("ran")
+    """
+    async with staged(tmp_path, topology(nats_server.url, "life", "config: {depth: 3}"), handler) as stage:
+        worker = stage.worker()
+        await stage.client.publish("life.task.run", {})
+        await worker.said("status", handled=1)
+        worker.tell("drain", timeout=5)
+        assert await worker.ended() == 0
+        assert stage.ran() == ["up:3", "ran", "down"]
+        (tmp_path / "broken").touch()
+        second = stage.worker()
+        said = await second.said("failed")
+        assert "no model" in said["message"]
+        assert "agents.py" in said["traceback"]
+        assert await second.ended() == 78
+
+
+async def test_a_worker_survives_its_broker_being_killed(tmp_path: Path) -> None:
+    server = NatsServer().start()
+    try:
+        handler = """
+        async def handle(event: AgentEvent, ctx: Context):
+            note(event.payload["n"])
+            await ctx.publish("outage.result.done", {"n": event.payload["n"]})
+        """
+        async with staged(tmp_path, topology(server.url, "outage"), handler) as stage:
+            worker = stage.worker()
+            await stage.client.publish("outage.task.run", {"n": 1})
+            await worker.said("status", handled=1)
+            server.kill()
+            await until(lambda: (worker.read(), any(m.get("trouble") for m in worker.messages))[1])
+            server.start()
+            await stage.client.publish("outage.task.run", {"n": 2})
+            await worker.said("status", handled=2, trouble=None)
+            assert len(await stage.stored("results")) == 2
+    finally:
+        server.close()
+
+
 async def run_until_settled(stage: Stage, most: int = 20) -> int:
     """Starts a worker again each time it dies, as the supervisor does, until nothing is left; how often it died."""
     died = 0

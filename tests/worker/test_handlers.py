@@ -1,0 +1,171 @@
+"""How user code is found, and how its parameters are told apart."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+
+from orchestrator import AgentEvent, Context, SyncContext
+from orchestrator.errors import HandlerLoadError, PayloadError
+from orchestrator.topology.model import Agent, Handler, Topology
+from orchestrator.worker.handlers import bind, load
+
+EVENT = AgentEvent(event_type="t", payload={"n": 1})
+CTX: Any = object()
+
+
+class Number(BaseModel):
+    n: int
+
+
+async def usual(event: AgentEvent, ctx: Context) -> None: ...
+async def reverse(ctx: Context, event: AgentEvent) -> tuple[Any, ...]:
+    return event, ctx
+
+
+def by_place(a, b):  # type: ignore[no-untyped-def]
+    return a, b
+
+
+def by_name(ctx, event):  # type: ignore[no-untyped-def]
+    return event, ctx
+
+
+def only_model(number: Number) -> Number:
+    return number
+
+
+def mixed(number: Number, ctx: SyncContext, event: AgentEvent) -> tuple[Any, ...]:
+    return event, ctx, number
+
+
+def raw(payload: dict[str, Any], limit: int = 3) -> Any:
+    return payload
+
+
+def test_the_usual_shape_is_called_without_a_wrapper() -> None:
+    assert bind(usual, "a") is usual
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        (by_place, (EVENT, CTX)),
+        (by_name, (EVENT, CTX)),
+        (only_model, Number(n=1)),
+        (mixed, (EVENT, CTX, Number(n=1))),
+        (lambda event: event, EVENT),
+    ],
+)
+def test_parameters_are_told_apart(function: Any, expected: Any) -> None:
+    assert bind(function, "a")(EVENT, CTX) == expected
+
+
+async def test_in_any_order() -> None:
+    assert await bind(reverse, "a")(EVENT, CTX) == (EVENT, CTX)
+
+
+def test_a_payload_that_is_not_the_model_is_a_payload_error() -> None:
+    with pytest.raises(PayloadError, match="n: Field required"):
+        bind(only_model, "a")(AgentEvent(event_type="t"), CTX)
+
+
+def twice(event: AgentEvent, other: AgentEvent) -> None: ...
+def unknown(event: AgentEvent, ctx: Context, depth: int) -> None: ...
+def keyword(event: AgentEvent, *, depth: int) -> None: ...
+
+
+@pytest.mark.parametrize(("function", "word"), [(twice, "twice"), (unknown, "depth"), (keyword, "depth")])
+def test_a_shape_that_cannot_be_called_says_how_to_write_it(function: Any, word: str) -> None:
+    with pytest.raises(HandlerLoadError, match=word) as caught:
+        bind(function, "a")
+    assert "event: AgentEvent" in str(caught.value.hint)
+
+
+# --- loading --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def imports() -> Iterator[None]:
+    path, modules = list(sys.path), set(sys.modules)
+    yield
+    sys.path[:] = path
+    for name in set(sys.modules) - modules:
+        del sys.modules[name]
+
+
+def loading(root: Path, call: str, kind: str = "python") -> Any:
+    agent = Agent("a", "", Handler(kind, call), (), ())
+    return load(Topology("t", "", root, (), {}, {}, {"a": agent}), agent)
+
+
+@pytest.mark.usefixtures("imports")
+def test_modules_beside_the_topology_come_first_also_in_a_second_folder(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "trial_handlers.py").write_text(f"def handle(event): return {name!r}\n")
+    found = [loading(tmp_path / name, "trial_handlers:handle") for name in ("one", "two", "one")]
+    assert [f.call(EVENT, CTX) for f in found] == ["one", "two", "one"]
+    assert found[0].threaded
+
+
+@pytest.mark.usefixtures("imports")
+def test_methods_objects_and_lifespan(tmp_path: Path) -> None:
+    (tmp_path / "trial_objects.py").write_text(
+        "class Agent:\n"
+        "    async def handle(self, event, ctx): ...\n"
+        "    async def __call__(self, event): return 'called'\n"
+        "agent = Agent()\n"
+        "async def lifespan(ctx): yield\n"
+    )
+    assert not loading(tmp_path, "trial_objects:agent.handle").threaded
+    found = loading(tmp_path, "trial_objects:agent")
+    assert not found.threaded
+    assert found.lifespan is not None
+
+
+@pytest.mark.usefixtures("imports")
+def test_an_error_shows_the_users_own_frames_only(tmp_path: Path) -> None:
+    (tmp_path / "trial_broken.py").write_text("def deep():\n    return 1 / 0\n\ndeep()\n")
+    with pytest.raises(HandlerLoadError, match="ZeroDivisionError") as caught:
+        loading(tmp_path, "trial_broken:handle")
+    trace = caught.value.traceback
+    assert trace is not None
+    assert "trial_broken.py" in trace
+    assert "in deep" in trace
+    assert "importlib" not in trace
+    assert "handlers.py" not in trace
+
+
+@pytest.mark.usefixtures("imports")
+@pytest.mark.parametrize(
+    ("call", "kind", "word"),
+    [
+        ("trial_none:handle", "python", "trial_none"),
+        ("json:dumps_", "python", "dumps_"),
+        ("trial:x", "perl", "perl"),
+    ],
+)
+def test_what_is_not_there_is_named(tmp_path: Path, call: str, kind: str, word: str) -> None:
+    with pytest.raises(HandlerLoadError, match=word) as caught:
+        loading(tmp_path, call, kind)
+    assert caught.value.hint
+
+
+@pytest.mark.usefixtures("imports")
+def test_a_module_named_like_one_of_pythons_own_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "queue.py").write_text("def handle(event): ...\n")
+    with pytest.raises(HandlerLoadError, match=r"queue\.py"):
+        loading(tmp_path, "queue:handle")
+
+
+def test_an_external_agent_has_no_handler() -> None:
+    agent = replace(Agent("a", "", None, (), ()), external=True)
+    with pytest.raises(HandlerLoadError, match="external"):
+        load(Topology("t", "", Path(), (), {}, {}, {"a": agent}), agent)
