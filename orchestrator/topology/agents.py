@@ -222,6 +222,7 @@ class Agents:
                 )
                 break
         events = minimal(pattern for pattern, _, _ in parts)
+        self._filters(entry, channel, events)
         if channel.mode is Mode.QUEUE:
             self._queue_readers(entry, channel, {pattern: at for pattern, _, at in parts})
         return Subscription(
@@ -234,6 +235,17 @@ class Agents:
             filter={k: tuple(v) if isinstance(v, list) else (v,) for k, v in (first.filter or {}).items()},
             include_targeted=bool(first.include_targeted),
         )
+
+    def _filters(self, entry: Entry[spec.AgentSpec], channel: Channel, events: tuple[str, ...]) -> None:
+        """NATS refuses a consumer whose filters overlap; what one covers is left out already."""
+        if self.brokers.get(channel.broker, stand_in("")).kind != "nats":
+            return
+        index: Index[None] = Index()
+        for pattern in events:
+            for other, _ in index.overlapping(pattern):
+                message = f"`{other}` and `{pattern}` of one subscription share event types, which nats refuses"
+                self._once("overlap", message, entry.at("subscribe"), "patterns that share nothing, or a wider one")
+            index.add(pattern, None)
 
     def _queue_rules(self, said: spec.SubscribeSpec, channel: Channel, at: Node) -> None:
         if channel.mode is Mode.QUEUE:
@@ -333,12 +345,8 @@ class Agents:
     def _unrouted(self, pattern: str, at: Node) -> None:
         if self.channels.doubtful(pattern):
             return
-        every = {p: c.name for c in self.channels.found.values() for p in c.events if not c.external}
-        external = [
-            c.name
-            for c in self.channels.found.values()
-            if c.external and any(intersection(p, pattern) for p in c.events)
-        ]
+        every = self.channels.patterns()
+        external = [owner for _, owner in self.channels.outside.overlapping(pattern)]
         if external:
             hint = f"name the external channel: {{events: [{pattern}], channel: {external[0]}}}"
             self._once("unrouted", f"no channel of this topology takes `{pattern}`", at, None, hint)

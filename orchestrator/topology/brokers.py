@@ -135,12 +135,8 @@ def _auth(entry: Entry[spec.BrokerSpec], kind: str, folder: Path, problems: Prob
             problems.error("missing-key", "`auth` has no `mechanism`", entry.at("auth"), expected=choices)
         return None
     if said.mechanism not in _SPEAKS[kind] and kind != "memory":
-        problems.error(
-            "auth",
-            f"{kind} does not know the mechanism {said.mechanism}",
-            entry.at("auth", "mechanism"),
-            expected=" | ".join(_SPEAKS[kind]),
-        )
+        message = f"{kind} does not know the mechanism {said.mechanism}, only {', '.join(_SPEAKS[kind])}"
+        problems.warning("unsupported", message, entry.at("auth", "mechanism"))
     for name in _NEEDS[said.mechanism]:
         optional = kind == "redis" and name == "username"  # `requirepass` alone has no user
         if getattr(said, name) is None and not optional and "auth" not in entry.dropped:

@@ -29,7 +29,16 @@ class Channels:
 
     found: dict[str, Channel] = field(default_factory=dict)
     routes: Index[str] = field(default_factory=Index)
+    outside: Index[str] = field(default_factory=Index)  # patterns of external channels
     doubts: set[str] = field(default_factory=set)  # first tokens of patterns that were dropped as wrong; "*" is all
+
+    _patterns: tuple[str, ...] | None = None
+
+    def patterns(self) -> tuple[str, ...]:
+        """Every pattern of every own channel."""
+        if self._patterns is None:
+            self._patterns = tuple(p for c in self.found.values() for p in c.events if not c.external)
+        return self._patterns
 
     def doubtful(self, pattern: str) -> bool:
         """Whether `pattern` may be unrouted only because of an error that was reported."""
@@ -57,8 +66,10 @@ def resolve_channels(
         broker = _broker(entry, defaults, document, brokers, problems)
         channel = _channel(entry, defaults, topology, broker, schemas, problems)
         out.found[name] = channel
-        if not channel.external:
-            for pattern in channel.events:
+        for pattern in channel.events:
+            if channel.external:
+                out.outside.add(pattern, name)
+            else:
                 _route(out, pattern, entry, document, problems)
     _addresses(out.found, document, problems)
     return out
@@ -197,7 +208,7 @@ def _address(entry: Entry[spec.ChannelSpec], topology: str, broker: Broker, prob
     if said is None:
         return entry.name if entry.spec.external else derived(topology, broker, entry.name, tagged=True)
     pattern, expected = _ADDRESS.get(broker.kind, (r"", ""))
-    if pattern and not re.match(pattern, said):
+    if pattern and not entry.spec.external and not re.match(pattern, said):
         problems.error(
             "address", f'"{said}" cannot be an address on {broker.kind}', entry.at("address"), expected=expected
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -15,6 +16,7 @@ from orchestrator.errors import OrchestratorError
 from orchestrator.topology.model import Mark
 
 _BOLD, _RED, _YELLOW, _CYAN, _OFF = "\x1b[1m", "\x1b[31m", "\x1b[33m", "\x1b[36m", "\x1b[0m"
+_MANY = 40  # names to compare a misspelt one with
 _WIDEST = 160  # a longer source line is shown as a window around its column
 
 
@@ -63,10 +65,9 @@ class TopologyError(OrchestratorError):
 
 @dataclass(slots=True)
 class Problems:
-    """Collects findings. Not more than `limit` errors are kept: a file that is no topology at all stays readable."""
+    """Collects findings."""
 
     found: list[Diagnostic] = field(default_factory=list)
-    limit: int = 200
 
     def error(
         self,
@@ -93,10 +94,9 @@ class Problems:
         expected: str | None,
         suggestion: str | None,
     ) -> None:
-        if len(self.found) < self.limit:
-            mark = at.mark if at is not None else None
-            line = at.source_line if at is not None else None
-            self.found.append(Diagnostic(severity, message, mark, expected, suggestion, code, line))
+        mark = at.mark if at is not None else None
+        line = at.source_line if at is not None else None
+        self.found.append(Diagnostic(severity, message, mark, expected, suggestion, code, line))
 
     @property
     def errors(self) -> bool:
@@ -122,11 +122,27 @@ class Marked:
 
 def near(name: str, names: Iterable[str], cutoff: float = 0.6) -> str | None:
     """ "did you mean `x`?" for the closest of `names`, None when nothing is as close as `cutoff` (1 is equal)."""
-    found = difflib.get_close_matches(name, list(names), n=1, cutoff=cutoff)
-    if not found:
-        lowered = {n.lower(): n for n in names}
-        found = [lowered[name.lower()]] if name.lower() in lowered else []
+    return _closest(name, tuple(names), cutoff)
+
+
+@lru_cache(maxsize=256)  # a thousand agents that name the same missing channel ask once
+def _closest(name: str, names: tuple[str, ...], cutoff: float) -> str | None:
+    if len(names) > _MANY:  # comparing is slow: among many, only those that begin or end alike
+        ends = _ends(names)
+        names = tuple(dict.fromkeys((*ends.get(name[:3] + "…", ()), *ends.get("…" + name[-3:], ()))))[:_MANY]
+    lowered = {n.lower(): n for n in names}
+    same = [lowered[name.lower()]] if name.lower() in lowered else []
+    found = same or difflib.get_close_matches(name, names, n=1, cutoff=cutoff)
     return f"did you mean `{found[0]}`?" if found else None
+
+
+@lru_cache(maxsize=16)
+def _ends(names: tuple[str, ...]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(name[:3] + "…", []).append(name)
+        found.setdefault("…" + name[-3:], []).append(name)
+    return {end: some[:_MANY] for end, some in found.items()}
 
 
 def listing(names: Iterable[str], most: int = 12) -> str:

@@ -112,11 +112,15 @@ class Files:
         found = sorted(
             islice((Path(p) for p in glob.iglob(pattern, recursive=True) if os.path.isfile(p)), _MOST_FILES + 1)
         )
-        if glob.has_magic(pattern):
+        wild = glob.has_magic(pattern)
+        if wild:
             found = [p for p in found if p != item.source.path]  # *.yaml is not meant to be itself
-        if not found:
-            hint = near(item.value, [p.name for p in item.source.folder.iterdir()][:1000])
-            self.problems.error("include", f"nothing matches {item.value}", item, suggestion=hint)
+        if not found and wild:
+            self.problems.warning("include", f"nothing matches {item.value}", item)
+        elif not found:
+            folder = Path(pattern).parent
+            hint = near(Path(pattern).name, [p.name for p in folder.iterdir()] if folder.is_dir() else ())
+            self.problems.error("include", f"there is no file {item.value}", item, suggestion=hint)
         inside = [p for p in found if p.resolve().is_relative_to(top.resolve())]
         if len(inside) < len(found):
             self._outside(item, top)

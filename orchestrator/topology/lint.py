@@ -7,7 +7,7 @@ Events also come from outside (`publish`, Client, other programs), so an unpubli
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from orchestrator.topology.diagnostics import Problems, near
@@ -55,6 +55,7 @@ class Flow:
     readers: dict[str, Index[Subscription]]
     publishers: dict[str, Index[str]]
     after: dict[object, list[object]]  # agent -> (channel, type) -> agents that read it
+    _orphans: dict[str, list[str]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, topology: Topology) -> Flow:
@@ -88,8 +89,10 @@ class Flow:
 
     def orphans(self, channel: str) -> list[str]:
         """Concrete types that agents publish there and nobody reads: the likely twins of a misspelt one."""
-        published = dict.fromkeys(p for p, _ in self.publishers[channel].overlapping(">") if concrete(p))
-        return [p for p in published if not self.readers[channel].overlapping(p)]
+        if channel not in self._orphans:
+            published = dict.fromkeys(p for p, _ in self.publishers[channel].overlapping(">") if concrete(p))
+            self._orphans[channel] = [p for p in published if not self.readers[channel].overlapping(p)]
+        return self._orphans[channel]
 
 
 def _publishers(topology: Topology, flow: Flow, document: Document, problems: Problems) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from orchestrator.topology import TopologyError, load, templates
 
-KINDS = ("routed", "wild", "templated", "repeated", "wrong")
+KINDS = ("routed", "wild", "templated", "repeated", "wrong", "one-channel", "lost")
 
 
 def text(kind: str, count: int) -> str:
@@ -32,6 +32,10 @@ def text(kind: str, count: int) -> str:
             reads, writes = f"'*.x{i}'" if c == 0 else f"t{c}.>", "'u0.>'"
         if kind == "templated":
             more = f", env: {{ID: '{i}-{{{{ vars.topic }}}}'}}"
+        if kind == "one-channel":  # nobody publishes what is read, nobody reads what is published
+            reads, writes = f"t0.in{i}", f"t0.out{i}"
+        if kind == "lost":
+            reads, writes = f"nowhere{i}.x", f"t{i}.x"
         if kind == "wrong":
             more = ", timeout: 5"
         lines.append(f"  a{i}: {{subscribe: [{reads}], publish: [{writes}], concurrency: 4{more}}}")
@@ -43,7 +47,7 @@ def calls(path: Path, kind: str, count: int) -> int:
     templates.compiled.cache_clear()
     profile = cProfile.Profile()
     profile.enable()
-    with pytest.raises(TopologyError) if kind == "wrong" else nullcontext():
+    with pytest.raises(TopologyError) if kind in ("wrong", "lost") else nullcontext():
         load([path])
     profile.disable()
     return int(pstats.Stats(profile).total_calls)  # type: ignore[attr-defined]
