@@ -2,12 +2,13 @@
 
     python -m orchestrator.supervisor < dump
 
-Started by `apply -d` (supervisor/detached.py), in a session of its own.
+Started by `apply -d` (supervisor/detached.py).
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 
 from orchestrator.brokers.embedded import serving
@@ -36,5 +37,13 @@ async def run(topology: Topology) -> int:
         output.close()
 
 
+def main() -> int:
+    """Leaves the terminal's session, so that closing it ends nothing."""
+    os.setsid()
+    topology = restore(sys.stdin.buffer.read())
+    os.chdir(topology.root)
+    return asyncio.run(run(topology))
+
+
 if __name__ == "__main__":
-    sys.exit(asyncio.run(run(restore(sys.stdin.buffer.read()))))
+    sys.exit(main())

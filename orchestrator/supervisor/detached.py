@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import signal
 import sys
 import time
 
@@ -22,33 +24,43 @@ async def start(topology: Topology) -> int:
     Raises SupervisorError, with what the supervisor said, when it ends at once or does not answer.
     """
     topology.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    log = topology.state_dir / "supervisor.err"
-    with log.open("wb") as output:
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-P",  # nothing in the current folder shadows the library
-            "-m",
-            "orchestrator.supervisor",
-            stdin=asyncio.subprocess.PIPE,
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
-            cwd=topology.root,
-        )
-    assert process.stdin is not None
-    with contextlib.suppress(ConnectionError):  # it ended already: told below
-        process.stdin.write(dump(topology))
-        await process.stdin.drain()
-    process.stdin.close()
+    said = topology.state_dir / "supervisor.err"
+    pid = _spawn(topology, str(said))
     client = ControlClient(topology.state_dir)
     deadline = time.monotonic() + PATIENCE
-    while process.returncode is None and time.monotonic() < deadline:
+    ended = False
+    while not ended and time.monotonic() < deadline:
         with contextlib.suppress(SupervisorError):
-            if (await client.ping())["pid"] == process.pid:
-                return process.pid
+            if (await client.ping())["pid"] == pid:
+                return pid
         await asyncio.sleep(0.05)
-    said = topology.redact(log.read_text(errors="replace")).strip()
-    if process.returncode is None:
-        process.kill()
-        await process.wait()
-    raise SupervisorError(said or "the supervisor ended without a word", hint=f"see {topology.state_dir / 'logs'}")
+        ended = _ended(pid)
+    if not ended:
+        os.kill(pid, signal.SIGKILL)
+    text = topology.redact(said.read_text(errors="replace")).strip()
+    raise SupervisorError(text or "the supervisor ended without a word", hint=f"see {topology.state_dir / 'logs'}")
+
+
+def _ended(pid: int) -> bool:
+    return os.waitpid(pid, os.WNOHANG)[0] == pid
+
+
+def _spawn(topology: Topology, said: str) -> int:
+    """Bare descriptors and a bare pid: a Popen or a transport would want to end its process with the command."""
+    handed = topology.state_dir / "supervisor.topology"
+    create = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+    stdin = os.open(handed, create, 0o600)
+    output = os.open(said, create, 0o600)
+    try:
+        handed.unlink()  # only the two of us see it: it holds the topology's secrets
+        with os.fdopen(os.dup(stdin), "wb") as file:
+            file.write(dump(topology))
+        os.lseek(stdin, 0, os.SEEK_SET)
+        actions = [
+            (os.POSIX_SPAWN_DUP2, descriptor, target) for descriptor, target in ((stdin, 0), (output, 1), (output, 2))
+        ]
+        command = [sys.executable, "-P", "-m", "orchestrator.supervisor"]
+        return os.posix_spawn(sys.executable, command, os.environ, file_actions=actions)
+    finally:
+        os.close(stdin)
+        os.close(output)

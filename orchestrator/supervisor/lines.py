@@ -38,6 +38,12 @@ class Lines:
         self._unsent += data
         self._write()
 
+    def finish(self) -> None:
+        """The other side is dead: reads what it left, then stops. `ended` is not called any more."""
+        while self._fd >= 0 and self._take():
+            pass
+        self._stop()
+
     def close(self) -> None:
         """Stops; `ended` is not called any more. What was not read is lost."""
         if self._fd >= 0:
@@ -47,24 +53,33 @@ class Lines:
             self._fd = -1
 
     def _read(self) -> None:
+        if self._take() is None:
+            self._stop()
+            self._ended()
+
+    def _stop(self) -> None:
+        self.close()
+        rest, self._partial = self._partial, b""
+        if rest:
+            self._line(rest)
+
+    def _take(self) -> bool | None:
+        """One reading: True when there was something, False when there is nothing now, None at the end."""
         try:
             data = os.read(self._fd, 1 << 16)
         except BlockingIOError:
-            return
+            return False
         except ConnectionResetError:
-            data = b""
+            return None
         if not data:
-            self.close()
-            if self._partial:
-                self._line(self._partial)
-            self._ended()
-            return
+            return None
         *lines, self._partial = (self._partial + data).split(b"\n")
         if len(self._partial) > LONGEST:
             lines.append(self._partial)
             self._partial = b""
         for line in lines:
             self._line(line)
+        return True
 
     def _write(self) -> None:
         try:

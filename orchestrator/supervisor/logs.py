@@ -53,7 +53,7 @@ class LogSink:
             color = stream is not None and stream.isatty() and not os.environ.get("NO_COLOR")
         self._painter = Painter(color)
         self._secrets: set[str] = set()  # an edit may change one while old workers still know the other
-        self._followers: list[asyncio.Queue[Record]] = []
+        self._followers: list[asyncio.Queue[Record | None]] = []
 
     def use(self, topology: Topology) -> None:
         """From now on its secrets are redacted too, and its agents' names aligned."""
@@ -73,9 +73,9 @@ class LogSink:
         self._emit(record)
 
     @contextlib.contextmanager
-    def follow(self) -> Iterator[asyncio.Queue[Record]]:
-        """Every record from now on; a follower that falls far behind misses records and is told how it is."""
-        queue: asyncio.Queue[Record] = asyncio.Queue()
+    def follow(self) -> Iterator[asyncio.Queue[Record | None]]:
+        """Every record from now on, None at the end; a follower that falls far behind is told that it misses some."""
+        queue: asyncio.Queue[Record | None] = asyncio.Queue()
         self._followers.append(queue)
         try:
             yield queue
@@ -85,6 +85,11 @@ class LogSink:
     def recent(self, agents: Sequence[str], lines: int) -> list[Record]:
         """The last records in the files, oldest first; of all agents when none is named."""
         return self._files.recent(agents, lines) if self._files is not None else []
+
+    def end_following(self) -> None:
+        """Nothing more will come."""
+        for queue in self._followers:
+            queue.put_nowait(None)
 
     def close(self) -> None:
         if self._files is not None:

@@ -23,9 +23,6 @@ from orchestrator.supervisor.nursery import Nursery
 from orchestrator.supervisor.process import Action, Life, Limits
 from orchestrator.topology.model import Topology
 
-#: Seconds that a dead worker's sockets may still deliver its last words.
-_LAST_WORDS = 1.0
-
 
 @dataclass(slots=True)
 class Counts:
@@ -100,7 +97,6 @@ class Slot:
         self._control: Lines | None = None
         self._output: Lines | None = None
         self._drained = False
-        self._exit: process.Exited | None = None
 
     @property
     def alive(self) -> bool:
@@ -151,15 +147,11 @@ class Slot:
     def exited(self, number: int, code: int | None, signal_number: int | None) -> None:
         """The warm parent reports the end of its worker `number`."""
         if number == self._id:
-            self._exit = process.Exited(code, signal_number)
-            if self._control is None:
-                self._finish()
-            else:
-                asyncio.get_running_loop().call_later(_LAST_WORDS, self._finish_number, number)
+            self._finish(process.Exited(code, signal_number))
 
     def abandon(self) -> None:
         """The warm parent has died: from now on the worker's socket and lock tell of its end."""
-        if self.alive and self._exit is None:
+        if self.alive:
             self.orphan = True
             if self._control is None:
                 self._watch_orphan()
@@ -175,7 +167,7 @@ class Slot:
 
     def _start(self) -> None:
         post = self.post
-        self.orphan, self._drained, self._exit, self.pid = False, False, None, None
+        self.orphan, self._drained, self.pid = False, False, None
         self.trouble = None
         self._id, control, log = self._nursery.spawn(post.key, post.topology, post.agent, post.number, post.run_dir)
         number = self._id
@@ -217,34 +209,25 @@ class Slot:
         self._control = None
         if self.orphan:
             self._watch_orphan()
-        elif self._exit is not None:
-            self._finish()
 
     def _watch_orphan(self) -> None:
         """Nobody reports its end: asks the lock, which the kernel drops with the process."""
         if not self.orphan:
             return
         if holder(lock_path(self.post.run_dir, self.post.agent, self.post.number)) is None:
-            self._exit = process.Exited(process.DRAINED if self._drained else None)
-            self._finish()
+            self._finish(process.Exited(process.DRAINED if self._drained else None))
         else:
             asyncio.get_running_loop().call_later(0.1, self._watch_orphan)
 
-    def _finish_number(self, number: int) -> None:
-        """A child of the worker may hold its socket open: the exit alone is enough after a while."""
-        if number == self._id:
-            self._finish()
-
-    def _finish(self) -> None:
-        exit_, self._exit, self._id = self._exit, None, None
+    def _finish(self, exited: process.Exited) -> None:
+        """The process is dead: what it still had to say lies in its socket and its pipe."""
+        control, output, self._control, self._output = self._control, self._output, None, None
+        for lines in (control, output):
+            if lines is not None:
+                lines.finish()
+        self._id = None
         self.past.add(self.counts)
         self.past.in_flight = 0
         self.counts, self.pid = Counts(), None
         self.orphan = False
-        if self._control is not None:
-            self._control.close()
-        output, self._control, self._output = self._output, None, None
-        if output is not None:  # a grandchild may hold the pipe: its lines are read for a moment more
-            asyncio.get_running_loop().call_later(_LAST_WORDS, output.close)
-        if exit_ is not None:
-            self.feed(exit_)
+        self.feed(exited)

@@ -13,6 +13,7 @@ import signal
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import LockedError, OrchestratorError, SupervisorError
@@ -55,14 +56,13 @@ class Supervisor:
         started at all.
         """
         state_dir = self._topology.state_dir
-        state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        state_dir.chmod(0o700)
+        _make_private(state_dir)
+        _make_private(self._run_dir)
         lock = locks.SupervisorLock(state_dir)
         lock.acquire(self._topology.name)
         self._stopped = asyncio.get_running_loop().create_future()
         server = ControlServer(state_dir, self._answer)
         try:
-            self._run_dir.mkdir(mode=0o700, exist_ok=True)
             self._output.use(self._topology)
             with self._handled_signals():
                 await self._outlive_predecessor()
@@ -74,6 +74,7 @@ class Supervisor:
         finally:
             if not self._stopped.done():
                 self._stopped.set_result(None)
+            self._output.end_following()
             await server.close()
             await self._fleet.close()
             await self._observer.close()
@@ -251,9 +252,18 @@ class Supervisor:
 
     async def _send_logs(self, agents: list[str], lines: int, follow: bool, tell: Tell) -> None:
         with self._output.follow() as queue:
-            for record in self._output.recent(agents, lines):
-                await tell({"record": record})
-            while follow and not self._stop.is_set():
-                record = await queue.get()
+            for past in self._output.recent(agents, lines):
+                await tell({"record": past})
+            while follow and (record := await queue.get()) is not None:
                 if not agents or record["agent"] in agents or record.get("about") in agents:
                     await tell({"record": record})
+
+
+def _make_private(folder: Path) -> None:
+    """Raises SupervisorError when `folder` cannot be ours alone."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder.chmod(0o700)
+    except OSError as error:
+        hint = "the supervisor needs a folder of its own there"
+        raise SupervisorError(f"cannot use {folder}: {error.strerror}", hint=hint) from None
