@@ -20,7 +20,7 @@ from orchestrator.brokers.nats.pull import Lane
 from orchestrator.brokers.nats.resources import ACK_WAIT, safe
 from orchestrator.brokers.nats.trimmed import LOST, Trimmed
 from orchestrator.errors import BrokerError, OrchestratorError, ResourceMissing
-from orchestrator.topology.model import Mode, Subscription
+from orchestrator.topology.model import Subscription
 
 if TYPE_CHECKING:
     from orchestrator.brokers.nats.connection import NatsConnection
@@ -33,7 +33,7 @@ _EARLY = 0.02  # seconds before its time that a retry may be handed out
 class NatsDelivery(Delivery):
     """Carries what settling needs. Equal sequences in the same lane are the same event."""
 
-    __slots__ = ("count", "key", "lane", "reply", "stamp", "stored")
+    __slots__ = ("count", "key", "lane", "order", "reply", "stamp", "stored")
 
     def __init__(  # one call a delivery: it does not go through the base's keyword arguments
         self, lane: Lane, channel: str, prefix: int, subject: bytes, reply: bytes, header: bytes | None, body: bytes
@@ -44,6 +44,7 @@ class NatsDelivery(Delivery):
         self.reply = reply
         self.count = int(parts[4 + shift])
         self.key = parts[5 + shift]
+        self.order = parts[6 + shift]
         self.stamp = parts[7 + shift]
         self.stored = False  # a history lies in the state stream
         self.body = body
@@ -132,9 +133,10 @@ class NatsConsumer:
         durable = names.redrive_durable(subscription, self._channel)
         self._redrive = Lane(self._link, names.inbox, durable, self._on_redrive, self._on_late, self._on_lost)
         self._send = connection.producer().send
-        queue = self._channel.mode is Mode.QUEUE
-        publisher, root = connection.publisher, self._history_root
-        self._trimmed = Trimmed(self._link, publisher, names.state, root, queue, self._alarm)
+        channel = self._channel
+        exact = set(subscription.events) == set(channel.events) and not channel.external and not channel.dead_letters
+        lost = self._history_root + LOST
+        self._trimmed = Trimmed(self._link, connection.publisher, names.state, lost, exact, self._alarm)
         self._looked = 0.0
         self._sink: Sink | None = None
         self._free = 0
@@ -190,6 +192,9 @@ class NatsConsumer:
 
     def demand(self, free: int) -> None:
         self._free = free
+        self._ask()
+
+    def _ask(self) -> None:
         if not self._asked and self._reading:
             self._asked = True
             self._client.before_write(self._pull)
@@ -216,7 +221,7 @@ class NatsConsumer:
         if missing and self._reading:
             self._resume(f"{lane.stream}/{lane.durable}: {reason}")
         else:
-            self.demand(self._free)
+            self._ask()
 
     def _resume(self, reason: str) -> None:
         """Reads again what the server knows, makes again what is gone, then pulls."""
@@ -243,7 +248,7 @@ class NatsConsumer:
             self._main.restart()
             self._redrive.restart()
             self._say(None)
-            self.demand(self._free)
+            self._ask()
 
     def _remind(self) -> None:
         """A killed server forgets when a retry was due and would wait a whole lease. What is past its time is left to
@@ -281,6 +286,10 @@ class NatsConsumer:
                 self._extended = now
                 for delivery in self._unsettled.values():
                     self._client.send(b"PUB %b 4\r\n+WPI\r\n" % delivery.reply)
+
+    async def _check_gap(self) -> None:
+        with contextlib.suppress(BrokerError):  # as above: the next gap or look finds it
+            await self._trimmed.check(self._main.stream)
 
     async def _look(self) -> None:
         stream, durable = self._main.stream, self._main.durable
@@ -321,6 +330,7 @@ class NatsConsumer:
         delivery = NatsDelivery(self._redrive, self._channel.name, 0, subject, reply, header, body)
         delivery.event_type = headers_of(header).get("Nats-Orchestrator-Type")
         self._take(delivery)
+        self._ask()  # one at a time is asked for, so the next is asked for here
 
     def _on_late(self, _subject: bytes, reply: bytes, _header: bytes | None, _body: bytes) -> None:
         """Arrived after its request was withdrawn: somebody else may have it."""
@@ -332,7 +342,7 @@ class NatsConsumer:
         running = self._unsettled.get(place)
         if running is not None and running.stamp == delivery.stamp:
             running.reply = delivery.reply  # a restarted server forgot that we have it: no second copy
-            self.demand(self._free)
+            self._ask()
             return
         self._unsettled[place] = delivery
         if delivery.count > 1:
@@ -349,6 +359,9 @@ class NatsConsumer:
 
     def _flush_batch(self) -> None:
         batch, self._batch = self._batch, []
+        last = batch[-1]
+        if last.lane is self._main and self._trimmed.delivered(int(last.key), int(last.order)):
+            self._spawn(self._check_gap())
         self._hand_out(batch)
 
     def _hand_out(self, batch: list[NatsDelivery]) -> None:
@@ -402,7 +415,7 @@ class NatsConsumer:
             rest = record.history.not_before - time.time()
             if rest > _EARLY:
                 self._give_back(delivery, rest)
-                self.demand(self._free)
+                self._ask()
                 return
         self._hand_out([delivery])
 

@@ -95,6 +95,7 @@ class Publisher:
             raise PublishRejected(
                 f"the event takes {size} bytes, NATS at {link.url} accepts {link.max_payload}",
                 hint="store the data elsewhere and publish a reference, or raise max_payload on the server",
+                limit=link.max_payload - len(header),
             )
         token = link.token()
         if header:
