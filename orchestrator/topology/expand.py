@@ -11,6 +11,7 @@ from orchestrator.topology.shape import shown
 from orchestrator.topology.templates import Renderer
 
 _MOST = 10_000  # agents from one for_each
+_MOST_VALUES = 1_000_000
 _TAKEN = ("vars", "env", "secret")
 
 
@@ -41,10 +42,21 @@ def _agents(agents: Map, renderer: Renderer) -> Map:
         for inner, value in node:
             if inner.text != "for_each":
                 body.put(inner, value)
-        for scope in _scopes(renderer.render(loop), renderer.problems):
+        scopes = _scopes(renderer.render(loop), renderer.problems)
+        if len(scopes) * _size(body) > _MOST_VALUES:
+            expected = f"at most {_MOST_VALUES:,} in all"
+            renderer.problems.error("for-each", "`for_each` makes too many values", loop, expected=expected)
+            continue
+        for scope in scopes:
             if not _put(out, key, body, scope, renderer):
                 break  # the next ones would fail in the same way
     return out
+
+
+def _size(node: Node) -> int:
+    if isinstance(node, Map):
+        return 1 + sum(_size(value) for _, value in node)
+    return 1 + sum(map(_size, node.items)) if isinstance(node, List) else 1
 
 
 def _put(out: Map, key: Scalar, node: Node, scope: dict[str, Any], renderer: Renderer) -> bool:

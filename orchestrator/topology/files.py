@@ -35,7 +35,7 @@ class Files:
         """All sources as one mapping; later ones override. None when one of them cannot be read."""
         trees = [self._source(source) for source in sources]
         whole = [tree for tree in trees if tree is not None]
-        if len(whole) < len(trees) or not whole:
+        if not whole or len(whole) < len(trees):
             return None
         out = whole[0]
         for tree in whole[1:]:

@@ -65,6 +65,8 @@ def load(
         give(mine, sets, vars_files, Problems())
         return Renderer(mine, problems).render(node)
 
+    if not sources:
+        problems.error("file", "no topology was named", expected="a file, or - for standard input")
     files = Files(problems, stdin, early)
     tree = files.merged(sources)
     topology: Topology | None = None

@@ -24,9 +24,12 @@ from orchestrator.topology.source import MAX_DIGITS
 from orchestrator.topology.variables import FollowUp, InputError, Inputs
 
 _MOST_ITEMS = 10_000
+_LONGEST_TEMPLATE = 20_000
+_BUDGET = 300_000  # values that all templates of one topology may yield
 _LONGEST = 1_000_000  # characters of one rendered scalar
 _LONE = re.compile(r"\s*\{\{[-+]?(.*?)[-+]?\}\}\s*\Z", re.DOTALL)
 _SIMPLE = re.compile(r"\{\{(?![-+])([^{}]*)(?<![-+])\}\}")  # {{ an expression without braces }}
+_PROGRAMS = (ast.Macro, ast.CallBlock, ast.Include, ast.Import, ast.FromImport, ast.Extends, ast.Block)
 _PADDING = frozenset({"center", "ljust", "rjust", "zfill", "expandtabs", "format", "format_map", "translate", "join"})
 
 
@@ -83,7 +86,11 @@ def compiled(text: str) -> _Compiled:
         if len(pieces) == 3 and not (pieces[0] + pieces[2]).strip():
             return _expression(pieces[1])
         return lambda variables: "".join(p if isinstance(p, str) else text_of(p(variables)) for p in parts)
-    body = _env.parse(text).body
+    if len(text) > _LONGEST_TEMPLATE:
+        raise SecurityError(f"it has more than {_LONGEST_TEMPLATE:,} characters")
+    tree = _env.parse(text)
+    _refuse_programs(tree)
+    body = tree.body
     found = _LONE.match(text)
     if found and len(body) == 1 and isinstance(body[0], ast.Output):
         outputs = [n for n in body[0].nodes if not (isinstance(n, ast.TemplateData) and not n.data.strip())]
@@ -91,6 +98,15 @@ def compiled(text: str) -> _Compiled:
             return _expression(found.group(1))
     template = _env.from_string(text)
     return lambda variables: template.render(variables)
+
+
+def _refuse_programs(tree: ast.Template) -> None:
+    """What could run without end in a few characters: macros that call themselves, loops within loops, other files."""
+    if next(tree.find_all(_PROGRAMS), None) is not None:
+        raise SecurityError("macros, blocks and other files have no place in a value")
+    for loop in tree.find_all(ast.For):
+        if loop.recursive or any(next(part.find_all(ast.For), None) for part in loop.body):
+            raise SecurityError("loops within loops")
 
 
 class Renderer:
@@ -101,6 +117,7 @@ class Renderer:
         self.problems = problems
         self.runs = 0
         self.failures = 0
+        self.spent = 0
 
     def render(self, node: Node, scope: Mapping[str, Any] | None = None) -> Node:
         """`node` with every template below it filled in; `scope` holds the for_each variables."""
@@ -139,6 +156,8 @@ class Renderer:
     def scalar(self, node: Scalar, scope: Mapping[str, Any] | None = None) -> Node:
         """One scalar, filled in; Broken when that failed, and why was reported."""
         self.runs += 1
+        if self.spent > _BUDGET:
+            return Broken(node.source, node.line, node.column)  # said once
         outer, self.inputs.used = self.inputs.used, []
         try:
             value = _plain(compiled(node.text)(self.inputs.names(node, scope)))
@@ -156,7 +175,12 @@ class Renderer:
             self.problems.error("template", f"the template fails: {type(error).__name__}: {error}"[:300], node)
         else:
             self.inputs.derived(value)
-            return graft(value, node)
+            self.spent += _weight(value)
+            if self.spent <= _BUDGET:
+                return graft(value, node)
+            self.problems.error(
+                "too-many", "templates yield too many values", node, expected=f"at most {_BUDGET:,} in all"
+            )
         finally:
             self.inputs.used = outer + self.inputs.used
         self.failures += 1
@@ -178,6 +202,12 @@ class Renderer:
         if missing and suggestion is None and missing.group(1) in self.inputs.declared:
             suggestion = f"did you mean `vars.{missing.group(1)}`?"
         self.problems.error("undefined", message, node, expected=", ".join(known), suggestion=suggestion)
+
+
+def _weight(value: Any) -> int:
+    if isinstance(value, (dict, list)):
+        return 1 + sum(map(_weight, value.values() if isinstance(value, dict) else value))
+    return 1
 
 
 def _plain(value: Any, depth: int = 0) -> Any:

@@ -184,6 +184,10 @@ def test_includes_are_regular_files(tmp_path: Path) -> None:
         "{{ secret('nonsense') }}",
         "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}",
         "{{ vars.loop }}",
+        "{% macro f(x) %}{{ f(x) }}{{ f(x) }}{% endmacro %}{{ f(1) }}",
+        "{% for a in range(9999) %}{% for b in range(9999) %}x{% endfor %}{% endfor %}",
+        "{% for a in [1] recursive %}{{ loop([1]) }}{% endfor %}",
+        "{{ vars.x }}{% if vars.x %}" + "x" * 30000 + "{% endif %}",
     ],
 )
 def test_templates_reach_for_what_is_not_theirs(template: str) -> None:
@@ -263,3 +267,26 @@ def test_a_long_line_is_shown_as_a_window() -> None:
     shown = render([found])
     assert max(len(line) for line in shown.splitlines() if " | " in line) < 200
     assert textwrap.dedent(shown).splitlines()[2].rstrip().endswith("^")
+
+
+def test_for_each_is_no_bomb() -> None:
+    many = ", ".join(str(i) for i in range(5000))
+    found = only(f"agents: {{'a-{{{{ i }}}}': {{for_each: {{i: [{many}]}}, external: true, config: {{x: [{many}]}}}}}}")
+    assert found.code == "for-each"
+    found = only(f"agents: {{'a-{{{{ i }}}}{{{{ j }}}}': {{for_each: {{i: [{many}], j: [{many}]}}, external: true}}}}")
+    assert "too many combinations" in found.message
+
+
+def test_templates_together_are_no_bomb() -> None:
+    many = ", ".join(str(i) for i in range(5000))
+    items = ", ".join(["'{{ vars.many }}'"] * 300)
+    found = only(
+        f"variables: {{many: {{default: [{many}]}}}}\nagents: {{a: {{external: true, config: {{x: [{items}]}}}}}}"
+    )
+    assert found.code == "too-many"
+
+
+def test_nothing_to_load() -> None:
+    with pytest.raises(TopologyError) as caught:
+        load([])
+    assert "no topology was named" in str(caught.value)
