@@ -27,7 +27,16 @@ _fromtimestamp = datetime.fromtimestamp
 class Origin:
     """What everything published while one event is handled has in common; some of it as JSON already."""
 
-    __slots__ = ("agent", "agent_json", "correlation_id", "correlation_json", "event_id", "metadata", "traceparent")
+    __slots__ = (
+        "agent",
+        "agent_json",
+        "correlation_id",
+        "correlation_json",
+        "event_id",
+        "metadata",
+        "metadata_json",
+        "traceparent",
+    )
 
     def __init__(self, agent: str, event: AgentEvent, traceparent: str, propagate: tuple[str, ...]) -> None:
         self.agent = agent
@@ -38,6 +47,7 @@ class Origin:
         self.traceparent = traceparent
         self.metadata: dict[str, Any] = {name: event.metadata[name] for name in propagate if name in event.metadata}
         self.metadata["causation_id"] = event.event_id
+        self.metadata_json = to_json(self.metadata)
 
 
 class Built(NamedTuple):
@@ -67,8 +77,8 @@ def build(
         route.check(content)
     if event_id is None:
         event_id = child_id(origin.event_id, origin.agent, index, event_type, target_agent, content)
-    meta = {**origin.metadata, **metadata} if metadata else origin.metadata
     try:
+        meta = to_json({**origin.metadata, **metadata}) if metadata else origin.metadata_json
         body = b'{"event_id":"%b","event_type":%b,"source_agent":%b,"target_agent":%b,"correlation_id":%b,' % (
             event_id.encode(),
             route.type_json,
@@ -78,7 +88,7 @@ def build(
         ) + b'"timestamp":"%b","payload":%b,"metadata":%b}' % (
             _fromtimestamp(clock.now(), UTC).isoformat().encode(),
             content,
-            to_json(meta),
+            meta,
         )
     except ValueError as error:
         raise PayloadError(f"the metadata cannot be written as JSON: {error}") from error

@@ -103,7 +103,7 @@ class Attempt:
         try:
             self.event = event = port.read(delivery)
             wanted = port.wants(event, delivery)
-        except OrchestratorError as error:
+        except Exception as error:  # a schema or a filter may stumble over what somebody sent
             self.fail(error)
             return
         if not wanted:
@@ -222,6 +222,8 @@ class Attempt:
 
     def add(self, message: Outgoing) -> None:
         """Takes an output; it goes out at the end of this turn of the loop."""
+        if self.stage is not Stage.RUNNING:
+            return  # from a thread that outlived its handler
         if message.channel.broker != self.port.broker:
             self._foreign = True
         if not self.outputs:

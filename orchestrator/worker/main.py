@@ -107,7 +107,8 @@ class Worker:
                     return await self._make_way(runtime)
                 await runtime.drain(self._drain_timeout)
                 await runtime.close()
-                self._spec.journal.unlink(missing_ok=True)
+                if not runtime.in_flight:
+                    self._spec.journal.unlink(missing_ok=True)
         finally:
             stopping.cancel()
             await connections.close()

@@ -27,7 +27,7 @@ from orchestrator.worker.slots import Slots
 
 #: Seconds that a cancelled handler gets to stop before its worker is replaced.
 GRACE = 10.0
-_LAST_WORDS = 3.0  # seconds that interrupted attempts get at the end of a drain
+_LAST_WORDS = 1.5  # seconds that interrupted attempts get at the end of a drain
 
 
 class Reports(Protocol):

@@ -384,6 +384,28 @@ async def test_suspects_run_alone_and_the_rest_goes_on(tmp_path: Path) -> None:
         assert t.dead_letters() == []
 
 
+async def test_a_host_that_is_lost_leaves_no_journal_and_the_crash_is_counted_all_the_same(tmp_path: Path) -> None:
+    async def handler(event: AgentEvent, ctx: Context) -> None:
+        await asyncio.sleep(20)
+
+    async with trial(tmp_path, worker=handler) as t:
+        await t.publish("task.run", {})
+        for run in range(1, 5):
+            while len(t.runs("worker")) < run:
+                await t.advance(1)
+            lose_journals(t)
+            await t.crash("worker")
+        await t.run_until_idle()
+        assert len(t.runs("worker")) == 4, "max_attempts, and the first, which nobody could mark"
+        [letter] = t.dead_letters()
+        assert (letter.reason, letter.attempts) == ("crashed", 3)
+
+
+def lose_journals(t: TopologyTest) -> None:
+    for actor in t._of("worker"):
+        actor._spec.journal.unlink()
+
+
 async def test_secrets_do_not_reach_a_dead_letter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRIAL_SECRET", "hunter2hunter2")
     path = tmp_path / "topology.yaml"
