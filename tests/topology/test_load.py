@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import textwrap
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,7 +23,7 @@ from orchestrator.topology.model import (
     Subscription,
     Tls,
 )
-from tests.topology.say import CHANNELS, HEAD, REAL, errors, loaded, only, topology, write
+from tests.topology.say import CHANNELS, HEAD, REAL, ROOT, errors, loaded, only, topology, write
 
 CONTRACT = Path(__file__).parent / "contract.yaml"
 
@@ -367,3 +368,16 @@ def test_a_second_agent_on_one_type_of_a_log_is_welcome() -> None:
     assert len(topology(text).agents) == 2
     both = "agents: {a: {handler: m:f, subscribe: [task.x]}, b: {handler: m:f, subscribe: [task.*]}}"
     assert {e.code for e in errors(CHANNELS + both)} == {"queue-readers"}
+
+
+@pytest.mark.parametrize("path", [p for p in REAL if p.parent.parent.name == "topologies"], ids=lambda p: p.parent.name)
+def test_patterns_load_as_their_readme_says(path: Path) -> None:
+    lines = [line for line in (path.parent / "README.md").read_text().splitlines() if "orchestrator validate" in line]
+    assert lines
+    for line in lines:
+        words = shlex.split(line)
+        assert words[2] == str(path.relative_to(ROOT))
+        sets = dict(word.split("=", 1) for word in words[4::2])
+        here = load([path], sets=sets).topology
+        assert here.revision() == load([path], sets=sets).topology.revision()
+        assert not sets or here.revision() != load([path]).topology.revision()
