@@ -76,6 +76,8 @@ class RedisConsumer(Consumer):
         self._held.sink, self._held.pump = sink, self._pump
         self._pump.listeners.add(self._pump_trouble)
         await self._beat()
+        if self._counts:
+            self._lost(await self._link.script(scripts.LOST, [main.stream], *main.args, self._counts))
         self._tasks = [
             self._loop.create_task(self._read_on(), name=f"redis read {self.me}"),
             self._loop.create_task(self._beat_on(), name=f"redis beat {self.me}"),
@@ -146,11 +148,13 @@ class RedisConsumer(Consumer):
         self._asked = self._free
         pipe = reader.pipeline(transaction=False)
         if self._counts:
-            pipe.execute_command("EVALSHA", self._lost_script, 1, main.stream, *main.args, self._counts)
+            self._look_for_losses(pipe)
         pipe.execute_command(
             "XREADGROUP", "GROUP", main.group, self.me, "COUNT", self._asked, "BLOCK", max(1, int(wait * 1000)),
             "STREAMS", main.stream, ">",
         )  # fmt: skip
+        if self._counts == "next":
+            self._look_for_losses(pipe)  # remembers the first entry that is still unread
         try:
             answers: list[Any] = await pipe.execute(raise_on_error=False)
         finally:
@@ -158,12 +162,17 @@ class RedisConsumer(Consumer):
         for answer in answers:
             if isinstance(answer, Exception):
                 raise answer
-        if self._counts and answers[0]:
+        if self._counts:
             self._lost(answers[0])
-        entries = answers[-1][0][1] if answers[-1] else ()
-        if entries:
+        read = answers[1 if self._counts else 0]
+        if read:
+            entries = read[0][1]
             self._held.last = entries[-1][0].decode()
             self._hand_out([self._delivery(0, entry, flat, 1, None) for entry, flat in entries])
+
+    def _look_for_losses(self, pipe: Any) -> None:
+        main = self._held.sources[0]
+        pipe.execute_command("EVALSHA", self._lost_script, 1, main.stream, *main.args, self._counts)
 
     async def _connect_reader(self) -> Redis:
         reader = await self._link.fresh(self._channel.address)
@@ -238,6 +247,9 @@ class RedisConsumer(Consumer):
         return self._wanted[kind]
 
     def _lost(self, count: int) -> None:
+        """Tells of unread events that were trimmed; -1: of an unknown number."""
+        if not count:
+            return
         what = f"{count} unread events were" if count > 0 else "unread events (number unknown before Redis 7) were"
         self._sink.alarm(f"{what} trimmed from {self._channel.address} before {self._subscription.agent} read them")
 

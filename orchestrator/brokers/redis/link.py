@@ -85,6 +85,7 @@ class Link:
             self._options |= {key: value for key, value in files.items() if value}
         self._options |= broker.client
         self._shared: dict[tuple[str, int], Redis] = {}
+        self._finder: Any = None  # asks the sentinels for the master
         self._slots: list[tuple[int, int, tuple[str, int]]] = []
 
     def slot(self, key: str) -> int:
@@ -157,14 +158,17 @@ class Link:
         for client in self._shared.values():
             await client.aclose()
         self._shared.clear()
+        for client in self._finder.sentinels if self._finder is not None else ():
+            await client.aclose()
 
     def _client(self, node: tuple[str, int], **options: Any) -> Redis:
         database = int(self._path[-1]) if self._path and self._path[-1].isdigit() else 0
         given = {**self._options, "db": database, **options}
         if self.kind == "redis+sentinel":
-            quick = {key: value for key, value in given.items() if key.startswith("socket_")}
-            finder = cast(Any, Sentinel)(self._hosts, sentinel_kwargs={**quick, "retry": given["retry"]})
-            client = cast(Redis, finder.master_for(self._path[0], **given))
+            if self._finder is None:
+                quick = {key: value for key, value in given.items() if key.startswith("socket_")}
+                self._finder = cast(Any, Sentinel)(self._hosts, sentinel_kwargs={**quick, "retry": given["retry"]})
+            client = cast(Redis, self._finder.master_for(self._path[0], **given))
         else:
             client = Redis(host=node[0], port=node[1], **given)
         client.response_callbacks.clear()  # answers as the server gives them

@@ -91,7 +91,10 @@ local function look(c)
   if kind ~= 'stream' then c.wrong = 'WRONGTYPE ' .. c.stream .. ' is a ' .. kind .. ', not a stream' return end
   flush_later(c.stream, c.base)
   c.len = redis.call('XLEN', c.stream)
-  if c.age > 0 then trim(c, 'MINID', now - c.age) end
+  -- looked at first: once a script has written, even nothing, the server no longer refuses it for lack of memory
+  if c.age > 0 and #redis.call('XRANGE', c.stream, '-', now - c.age - 1, 'COUNT', 1) > 0 then
+    trim(c, 'MINID', now - c.age)
+  end
   if c.bytes > 0 and c.len > 0 then
     c.used = redis.call('MEMORY', 'USAGE', c.stream, 'SAMPLES', 10)
     c.each = c.used / c.len
