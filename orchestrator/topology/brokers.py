@@ -11,20 +11,8 @@ from orchestrator.topology import spec
 from orchestrator.topology.diagnostics import Problems, near
 from orchestrator.topology.model import Auth, Broker, Tls
 from orchestrator.topology.nodes import Map, Scalar
+from orchestrator.topology.schemes import SCHEMES
 from orchestrator.topology.shape import Entry
-
-#: URL scheme -> adapter package. "embedded" is NATS; "memory" exists for orchestrator.testing.
-SCHEMES = {
-    "embedded": "nats",
-    "nats": "nats",
-    "tls": "nats",
-    "kafka": "kafka",
-    "redis": "redis",
-    "rediss": "redis",
-    "redis+sentinel": "redis",
-    "redis+cluster": "redis",
-    "memory": "memory",
-}
 
 #: The broker of a topology that names none.
 EMBEDDED = Broker(name="default", url="embedded", kind="nats")
