@@ -7,7 +7,7 @@ from typing import cast
 
 from orchestrator.brokers.base import Adapter
 from orchestrator.errors import OrchestratorError
-from orchestrator.topology.brokers import SCHEMES
+from orchestrator.topology.schemes import SCHEMES
 
 __all__ = ["SCHEMES", "adapter"]
 
