@@ -249,6 +249,10 @@ class Agents:
 
     def _queue_rules(self, said: spec.SubscribeSpec, channel: Channel, at: Node) -> None:
         if channel.mode is Mode.QUEUE:
+            if said.start not in (None, "earliest"):
+                self.problems.warning(
+                    "queue-start", "`start` has no effect in a queue: what waits in it is handled", at
+                )
             for key in ("filter", "include_targeted"):
                 if getattr(said, key):
                     message = f"`{key}` has no place in a queue: what one reader passes over nobody else would get"

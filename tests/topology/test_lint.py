@@ -73,6 +73,11 @@ def test_no_subscriber_of_one_published_type() -> None:
     assert codes(CHANNELS + text) == []
 
 
+def test_start_in_a_queue() -> None:
+    text = "agents: {a: {handler: m:f, subscribe: [{events: [task.*], start: latest}]}}"
+    assert codes(CHANNELS + text) == ["queue-start"]
+
+
 def test_idle() -> None:
     assert codes(LOGS + "agents: {a: {publish: [w.x]}, b: {subscribe: [w.x]}}") == ["idle-agent"]
     assert codes("channels: {c: {mode: log}}") == ["idle-channel"]
