@@ -243,6 +243,8 @@ def _show(plan: Plan, output: Output) -> None:
         console.say(render.text(plan, color=console.wants_color(err=True)))
     elif plan.empty:
         console.data(f"{plan.topology} (revision {plan.revision}): {render.summary(plan)}")
+        for text in plan.warnings:
+            console.warn(text)
     else:
         console.data(render.text(plan, color=console.wants_color()))
 

@@ -13,6 +13,21 @@ import typer
 
 from orchestrator.errors import OrchestratorError
 
+_hidden: list[str] = []  # secrets, the longest first
+
+
+def hide(secrets: Sequence[str]) -> None:
+    """From now on these are printed as ***, by every function of this module."""
+    for secret in filter(None, secrets):
+        _hidden.extend({secret, json.dumps(secret)[1:-1], json.dumps(secret, ensure_ascii=False)[1:-1]})
+    _hidden.sort(key=len, reverse=True)
+
+
+def _clean(text: str) -> str:
+    for secret in _hidden:
+        text = text.replace(secret, "***")
+    return text
+
 
 def colored(stream: IO[str]) -> bool:
     """Whether `stream` is a terminal that wants colour."""
@@ -26,6 +41,7 @@ def wants_color(*, err: bool = False) -> bool:
 
 def data(text: str) -> None:
     """The result of a command, on stdout."""
+    text = _clean(text)
     sys.stdout.write(text if text.endswith("\n") else text + "\n")
     sys.stdout.flush()
 
@@ -42,7 +58,7 @@ def data_line(value: Any) -> None:
 
 def say(text: str) -> None:
     """A word for the person, on stderr."""
-    sys.stderr.write(text + "\n")
+    sys.stderr.write(_clean(text) + "\n")
     sys.stderr.flush()
 
 

@@ -93,7 +93,7 @@ def show(
     if output is Output.JSON:
         console.data_json({"version": 1, "dead_letters": [dlq.letter_json(read, full=True) for read in found]})
     else:
-        console.data("\n\n".join(topology.redact(_full(read)) for read in found))
+        console.data("\n\n".join(_full(read) for read in found))
 
 
 @app.command()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,7 +14,6 @@ from orchestrator.errors import OrchestratorError
 if TYPE_CHECKING:
     from orchestrator.event import AgentEvent
     from orchestrator.operate.reading import Read
-    from orchestrator.topology.model import Topology
 
 # The modules of `operate` import pydantic, the wire and the broker's client: they are imported where a command runs,
 # so that `--help` and usage errors answer at once.
@@ -128,7 +127,7 @@ def tail(
             if output is Output.JSON:
                 console.data_line({"version": 1, **read.to_json()})
             else:
-                console.data(_line(topology, read))
+                console.data(_line(read))
             shown += 1
             if shown == limit:
                 return
@@ -184,12 +183,11 @@ def replay(
         console.data(f"{agent} goes on from {start} in {names}")
 
 
-def _line(topology: Topology, read: Read) -> str:
+def _line(read: Read) -> str:
     event: AgentEvent | None = read.event
     if event is None:
         return f"{'?':>12}  {read.channel.name}  {read.stored.event_type or '?'}  {read.problem}"
     moment = event.timestamp.astimezone().strftime("%H:%M:%S.%f")[:-3]
     who = f"{event.source_agent or '-'}{f' → {event.target_agent}' if event.target_agent else ''}"
-    payload: Any = event.payload
-    text = topology.redact(console.compact(payload))
-    return f"{moment}  {read.channel.name}  {event.event_type}  {who}  {event.correlation_id}  {text}"
+    payload = console.compact(event.payload)
+    return f"{moment}  {read.channel.name}  {event.event_type}  {who}  {event.correlation_id}  {payload}"

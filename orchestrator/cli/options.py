@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from orchestrator.cli import console
 from orchestrator.errors import OrchestratorError
 
 if TYPE_CHECKING:
@@ -74,13 +75,15 @@ def load_all(
             hint="name your file, or make a new topology: orchestrator init my-topology",
         )
     stdin = sys.stdin.read() if "-" in names else None
-    return load(
+    loaded = load(
         names,
         sets=assignments(sets),
         vars_files=vars_files or [],
         stdin=stdin,
         abilities=_abilities if lint else None,
     )
+    console.hide(loaded.topology.secrets)
+    return loaded
 
 
 def load_topology(sources: list[str] | None, sets: list[str] | None, vars_files: list[Path] | None) -> Topology:

@@ -98,7 +98,7 @@ def logs(
 
     def show(record: dict[str, Any]) -> None:
         if output is Output.JSON:
-            console.data_line(record)
+            console.data_line({"version": 1, **record})
         else:
             console.data(painter.paint(record))
 
@@ -109,8 +109,11 @@ def logs(
     if follow:
         asyncio.run(stream())
     else:
-        for record in recent(topology.state_dir / "logs", agents or [], lines):
+        found = recent(topology.state_dir / "logs", agents or [], lines)
+        for record in found:
             show(record)
+        if not found:
+            console.say("nothing has been written yet")
 
 
 def restart(

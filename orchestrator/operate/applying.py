@@ -126,18 +126,18 @@ async def detach(topology: Topology, listener: Listener) -> None:
     """
     pid = await detached.start(topology)
     deadline = time.monotonic() + DETACH_TIMEOUT
-    while not await _ready(topology):
+    while waiting := await _waiting(topology):
         if time.monotonic() > deadline:
             raise SupervisorError(
-                f"the workers are not ready after {DETACH_TIMEOUT:.0f} s",
-                hint="orchestrator status shows which, orchestrator logs why; orchestrator stop ends them",
+                f"not ready after {DETACH_TIMEOUT:.0f} s: {'; '.join(waiting)}",
+                hint="orchestrator logs shows what they wait for; orchestrator stop ends it all",
             )
         await asyncio.sleep(0.05)
     listener.say(f"the workers are ready; the supervisor is process {pid}")
 
 
-async def _ready(topology: Topology) -> bool:
-    """Whether every worker is ready. Raises SupervisorError when one will not be."""
+async def _waiting(topology: Topology) -> list[str]:
+    """The agents that are not ready, each with its state. Raises SupervisorError when one will not be."""
     status = await ControlClient(topology.state_dir).status()
     for agent in status["agents"]:
         if agent["state"] in ("failed", "crash_loop"):
@@ -146,4 +146,8 @@ async def _ready(topology: Topology) -> bool:
                 f"agent {name} does not start: {agent['reason']}",
                 hint=f"mend it and apply again; orchestrator logs {name} has more, orchestrator stop ends it all",
             )
-    return bool(status["state"] == "running")
+    return [
+        f"{agent['name']} is {agent['state']}" + (f" ({agent['reason']})" if agent["reason"] else "")
+        for agent in status["agents"]
+        if agent["state"] not in ("running", "paused", "stopped")
+    ]

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from orchestrator.brokers.embedded import serving
+from orchestrator.brokers.connections import Connections
 from orchestrator.client import Client
 from orchestrator.errors import PayloadError
 from orchestrator.event import AgentEvent
@@ -45,20 +45,19 @@ async def publish(topology: Topology, event_type: str, payload: dict[str, Any], 
     Raises RoutingError, PayloadError, PublishRejected, BrokerUnavailable, and ResourceMissing before `apply` has made
     the channel.
     """
-    async with serving(topology), Client(topology) as client:
-        await _made(topology, event_type)
+    async with session(topology, name="publish") as connections, Client(topology) as client:
+        await _made(topology, connections, event_type)
         return await client.publish(event_type, payload, **options)
 
 
 async def request(topology: Topology, event_type: str, payload: dict[str, Any], *, timeout: float) -> AgentEvent:
     """Publishes one event and returns the reply. Raises RequestTimeout after `timeout` seconds, and as publish does."""
-    async with serving(topology), Client(topology) as client:
-        await _made(topology, event_type)
+    async with session(topology, name="request") as connections, Client(topology) as client:
+        await _made(topology, connections, event_type)
         return await client.request(event_type, payload, timeout=timeout)
 
 
-async def _made(topology: Topology, event_type: str) -> None:
+async def _made(topology: Topology, connections: Connections, event_type: str) -> None:
     """A worker's producer makes a lost channel again; a person's first command must not make one unasked."""
     channel = topology.channel_for(event_type)
-    async with session(topology, name="publish") as connections:
-        await (await connections.get(channel.broker)).count(channel)
+    await (await connections.get(channel.broker)).count(channel)

@@ -71,9 +71,10 @@ async def dead_letters(topology: Topology, connections: Connections, channel: Ch
 
 
 async def follow(
-    connections: Connections, channels: Sequence[Channel], *, start: Start, follow: bool, events: Sequence[str] = ()
+    connections: Connections, channels: Sequence[Channel], *, start: Start, follow: bool
 ) -> AsyncIterator[Read]:
-    """The events of several channels, as they come; ends at the present end unless `follow`.
+    """The events of several channels, as they come; ends at the present end unless `follow`. Of a channel that holds
+    nothing but dead letters, those.
 
     Raises what reading any of them raises (BrokerUnavailable, ResourceMissing).
     """
@@ -81,7 +82,8 @@ async def follow(
 
     async def read(channel: Channel) -> None:
         connection = await connections.get(channel.broker)
-        async for stored in connection.browse(channel, start=start, follow=follow, events=events):
+        letters = channel.dead_letters and not channel.events
+        async for stored in connection.browse(channel, start=start, follow=follow, dead_letters=letters):
             await arrived.put(decode(channel, stored))
 
     async def read_all() -> None:

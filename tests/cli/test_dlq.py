@@ -56,6 +56,8 @@ def test_dead_letters_are_listed_grouped_filtered_and_shown(broken: Folder) -> N
     assert 'raise ValueError("too fragile")' in shown
     assert '{"item":"glass"}' in shown
     assert "orchestrator dlq list" in broken.refused("dlq", "show", "unknown")
+    tailed = broken.ok("tail", "--channel", "dead-letters", "--from", "earliest", "--no-follow").out
+    assert len(tailed.splitlines()) == 2
 
 
 def test_a_mended_dead_letter_goes_back_to_the_agent_that_failed_alone(broken: Folder) -> None:

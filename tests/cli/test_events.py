@@ -143,3 +143,29 @@ def test_a_queue_cannot_be_replayed(folder: Folder) -> None:
     folder.write("topology.yaml", TOPOLOGY.replace("mode: log, schemas", "mode: queue, schemas"))
     folder.ok("apply", "--yes", "--no-workers")
     assert "mode: log" in folder.refused("replay", "pack", "--from", "earliest", "--yes")
+
+
+def test_a_codec_beside_the_topology_is_found(folder: Folder) -> None:
+    folder.write("topology.yaml", TOPOLOGY.replace("parcels: {", 'parcels: {codec: "shouting:Codec", '))
+    folder.write(
+        "shouting.py",
+        "from orchestrator import AgentEvent\n\n\nclass Codec:\n"
+        "    def encode(self, event):\n        return event.to_bytes().upper()\n\n"
+        "    def decode(self, body, headers, event_type, position):\n"
+        "        return AgentEvent.from_bytes(body.lower(), position=position)\n",
+    )
+    folder.ok("apply", "--yes", "--no-workers")
+    folder.ok("publish", "parcel.packed", '{"item": "quiet"}')
+    assert [e["payload"] for e in everything(folder)] == [{"item": "quiet"}]
+
+
+def test_a_secret_is_redacted_wherever_it_shows_up(folder: Folder) -> None:
+    broker = """brokers: {default: {url: embedded, auth: {mechanism: token, token: "{{ secret('env:TOKEN') }}"}}}\n"""
+    folder.write("topology.yaml", TOPOLOGY + broker)
+    folder.run("apply", "--yes", "--no-workers", TOKEN="opensesame")
+    folder.run("publish", "parcel.packed", '{"said": "opensesame"}', TOKEN="opensesame")
+    for command in (["tail", "--from", "earliest", "--no-follow"], ["plan"], ["validate", "--show"]):
+        done = folder.run(*command, TOKEN="opensesame")
+        assert done.code == 0, done
+        assert "opensesame" not in done.out + done.err
+    assert "***" in folder.run("tail", "--from", "earliest", "--no-follow", TOKEN="opensesame").out
