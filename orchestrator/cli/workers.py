@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 AgentArgument = Annotated[str, typer.Argument(metavar="AGENT")]
 AgentsArgument = Annotated[list[str] | None, typer.Argument(metavar="[AGENT]...", help="Default: all.")]
 
-_COLORS = {"running": "32", "failed": "31", "crash_loop": "31", "unhealthy": "31", "degraded": "31", "paused": "33"}
+_COLORS = {"running": "32", "failed": "31", "crash-loop": "31", "unhealthy": "31", "degraded": "31", "paused": "33"}
 
 
 def register(app: typer.Typer) -> None:

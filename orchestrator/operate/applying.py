@@ -140,7 +140,7 @@ async def _waiting(topology: Topology) -> list[str]:
     """The agents that are not ready, each with its state. Raises SupervisorError when one will not be."""
     status = await ControlClient(topology.state_dir).status()
     for agent in status["agents"]:
-        if agent["state"] in ("failed", "crash_loop"):
+        if agent["state"] in ("failed", "crash-loop"):
             name = agent["name"]
             raise SupervisorError(
                 f"agent {name} does not start: {agent['reason']}",
