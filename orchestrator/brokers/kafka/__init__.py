@@ -37,6 +37,7 @@ class KafkaAdapter(Adapter):
         delayed_publish=False,
         key_order=True,
         frees_on_settle=False,
+        overlap=False,  # a static member hands its partitions over in place, within its own slot
         notes=(
             "outputs are confirmed first and the input is settled then; retries and dead letters move with their offset"
             " in one transaction, which shows only to readers with read_committed",
