@@ -8,7 +8,8 @@ otherwise Runtime.flush sends them. The event is settled once all of them are co
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,18 @@ if TYPE_CHECKING:
     from orchestrator.worker.runtime import Runtime
 
 _FOREVER = float("inf")
+
+
+if sys.version_info >= (3, 12):
+
+    def _spawn(loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Runs the handler up to its first wait at once: one that never waits costs no turn of the loop."""
+        return asyncio.Task(coroutine, loop=loop, eager_start=True)
+
+else:
+
+    def _spawn(loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        return loop.create_task(coroutine)
 
 
 class Stage(IntEnum):
@@ -111,10 +124,12 @@ class Attempt:
             return
         self.deadline = runtime.loop.time() + runtime.agent.timeout
         runtime.handling()
-        self.task = runtime.loop.create_task(self._run(event))
+        self.task = _spawn(runtime.loop, self._run(event))
 
     async def _run(self, event: AgentEvent) -> None:
         self._entered = True
+        if self.task is None:  # started eagerly: whoever asks whose code blocks the loop must find us
+            self.task = asyncio.current_task()
         if self.stop_reason is not None:
             self._stopped()
             return
@@ -352,7 +367,7 @@ class Attempt:
 
     def _settled(self, error: BaseException | None) -> None:
         if error is None:
-            if self.task is not None and self._refused is None:
+            if self._entered and self._refused is None:
                 self.runtime.counters.handled += 1
             self.end()
         elif isinstance(error, BrokerUnavailable):

@@ -81,7 +81,7 @@ def exhausted(attempt: Attempt, decision: policy.Exhausted, fault: policy.Fault,
     runtime.counters.dead += 1
     attempt.answer({"error": {"type": failure.error_type, "message": failure.message, "reason": failure.reason}})
     if how is OnExhausted.DROP:
-        attempt.settle(())
+        attempt.settle((), attempt.fail)
     else:
         _Burial(attempt, failure).go()
 
