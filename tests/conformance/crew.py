@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 from collections import Counter
+from contextvars import ContextVar
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
@@ -19,6 +20,8 @@ from orchestrator.topology.model import Handler, Publication, RetryPolicy, Topol
 from .rig import Lab
 
 HERE = Path(__file__).resolve().parent
+#: A mechanism that the workers of this context do without; set by test_mutations.py alone.
+MUTATION: ContextVar[str] = ContextVar("MUTATION", default="")
 RETRY = RetryPolicy(max_attempts=3, delays=(0.05,))
 
 
@@ -43,6 +46,7 @@ class Crew:
     def __init__(self, lab: Lab, agent: str = "worker", *, replicas: int = 1, die: str = "", **fields: Any) -> None:
         self.topology = staffed(lab, agent, **fields)
         self.record = Path(self.topology.agents[agent].env["CREW_RECORD"])
+        self._without = MUTATION.get()
         self.said: list[str] = []  # the workers' log lines
         self.ends: list[int] = []  # their exit codes
         self._agent = agent
@@ -103,6 +107,7 @@ class Crew:
                     "slot": slot,
                     "run_dir": self._root / "run",
                     "die": self._die,
+                    "without": self._without,
                 }
             )
         )

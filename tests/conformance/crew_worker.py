@@ -11,10 +11,14 @@ import os
 import pickle
 import socket
 import sys
+import uuid
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from orchestrator.worker import endings
+from orchestrator import wire
+from orchestrator.wire import letters
+from orchestrator.worker import endings, policy
 from orchestrator.worker.attempt import Attempt
 from orchestrator.worker.main import run
 from orchestrator.worker.spec import WorkerSpec
@@ -65,11 +69,35 @@ def die_at(point: str, record: str) -> None:
         raise ValueError(f"no such point: {point}")
 
 
+def without(mechanism: str) -> None:
+    """Takes one mechanism out of this worker; see test_mutations.py."""
+    on_crash = policy.on_crash
+    if mechanism == "crash count":
+        policy.on_crash = lambda history, ended, only_one: history  # type: ignore[assignment]
+    elif mechanism == "suspects run alone":
+        policy.on_crash = lambda history, ended, only_one: on_crash(history, ended, True)  # type: ignore[assignment]
+    elif mechanism == "settling after the handler":
+        start = Attempt.start
+
+        def settle_first(self: Attempt, state: Any) -> None:
+            self.port.consumer.settle(self.delivery, (), lambda error: None)
+            start(self, state)
+
+        Attempt.start = settle_first  # type: ignore[method-assign]
+    elif mechanism == "one id for one dead letter":
+        dead_letter = letters.dead_letter
+        wire.dead_letter = lambda *a, **k: replace(dead_letter(*a, **k), message_id=uuid.uuid4().hex)
+    else:
+        raise ValueError(f"no such mechanism: {mechanism}")
+
+
 def main() -> None:
     spec = pickle.loads(Path(sys.argv[1]).read_bytes())
     record = spec["topology"].agents[spec["agent"]].env["CREW_RECORD"]
     if spec["die"]:
         die_at(spec["die"], record)
+    if spec["without"]:
+        without(spec["without"])
     control = socket.socket(fileno=int(sys.argv[2]))
     code = run(WorkerSpec(spec["topology"], spec["agent"], spec["slot"], spec["run_dir"]), control)
     sys.stdout.flush()

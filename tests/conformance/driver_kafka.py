@@ -8,9 +8,11 @@ import uuid
 from collections.abc import Mapping
 from typing import Any
 
+import pytest
 from confluent_kafka import Consumer, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic
 
+from orchestrator.brokers.kafka import ledger
 from orchestrator.topology.model import Channel, Subscription, Topology
 
 from .drivers import ServerDriver
@@ -29,6 +31,16 @@ class KafkaDriver(ServerDriver):
 
     def address(self, topology: str, channel: str) -> str:
         return f"{topology}-{channel}"
+
+    def without(self, mechanism: str, monkeypatch: pytest.MonkeyPatch) -> str:
+        match mechanism:
+            case "renewal":
+                return "the client's own thread keeps the partitions"
+            case "fencing":
+                return "the broker itself refuses a member of an old generation"
+            case _:
+                monkeypatch.setattr(ledger, "_unpack", lambda metadata: {})
+        return ""
 
     def _admin(self) -> AdminClient:
         return AdminClient({"bootstrap.servers": self.bootstrap})

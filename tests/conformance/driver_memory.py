@@ -8,8 +8,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 from unittest import mock
 
+import pytest
+
 from orchestrator.brokers.base import Delivery, Desired, Ended, History, Outgoing, ResourceId
 from orchestrator.brokers.memory import MemoryConnection, adapter
+from orchestrator.brokers.memory.consumer import MemoryConsumer
 from orchestrator.topology.model import Channel, Subscription, Topology
 
 from .victims import Held, Victim
@@ -19,6 +22,7 @@ class MemoryDriver:
     kind = "memory"
     client: Mapping[str, Any] = {}
     lease_constants = ("orchestrator.brokers.memory.consumer:LEASE",)
+    carried = ()
     short_lease = 0.6
     too_large: int | None = 1024 * 1024 + 1
     processes = False
@@ -33,6 +37,16 @@ class MemoryDriver:
 
     def end(self) -> None:
         adapter.forget(self.url)
+
+    def without(self, mechanism: str, monkeypatch: pytest.MonkeyPatch) -> str:
+        match mechanism:
+            case "renewal":
+                monkeypatch.setattr(MemoryConsumer, "_renew", MemoryConsumer.keep_alive)
+            case "fencing":
+                monkeypatch.setattr(MemoryConsumer, "_owns", lambda self, delivery, group: True)
+            case _:
+                return "there is no watermark: each event is settled by itself"
+        return ""
 
     async def kill_server(self) -> None:
         self.hub.stop()

@@ -7,9 +7,11 @@ from contextlib import asynccontextmanager
 
 import nats
 import nats.js.errors
+import pytest
 from nats.js import JetStreamContext
 from nats.js.api import ConsumerConfig, DeliverPolicy
 
+from orchestrator.brokers.nats.consumer import NatsConsumer
 from orchestrator.topology.model import Channel, Subscription, Topology
 
 from .drivers import ServerDriver
@@ -22,6 +24,16 @@ class NatsDriver(ServerDriver):
 
     def address(self, topology: str, channel: str) -> str:
         return f"{topology}-{channel}"
+
+    def without(self, mechanism: str, monkeypatch: pytest.MonkeyPatch) -> str:
+        match mechanism:
+            case "renewal":
+                monkeypatch.setattr(NatsConsumer, "_remind", lambda self: None)
+            case "fencing":
+                return "a late ack cannot be refused here: ids carry the promise"
+            case _:
+                return "there is no watermark of ours: the server keeps each acknowledgement"
+        return ""
 
     @asynccontextmanager
     async def _jetstream(self) -> AsyncIterator[JetStreamContext]:

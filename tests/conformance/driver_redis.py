@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from hashlib import sha1
 from typing import Any
 
+import pytest
 from redis.asyncio import Redis
 
+from orchestrator.brokers.redis import scripts
+from orchestrator.brokers.redis.consumer import RedisConsumer
 from orchestrator.topology.model import Channel, Subscription, Topology
 
 from .drivers import ServerDriver
@@ -16,6 +20,30 @@ from .drivers import ServerDriver
 class RedisDriver(ServerDriver):
     kind = "redis"
     lease_constants = ("orchestrator.brokers.redis.consumer:LEASE",)
+
+    carried = ("orchestrator.brokers.redis.scripts:COMMIT", "orchestrator.brokers.redis.scripts:COMMIT_DIGEST")
+
+    def without(self, mechanism: str, monkeypatch: pytest.MonkeyPatch) -> str:
+        match mechanism:
+            case "renewal":
+                beat_on, beaten = RedisConsumer._beat_on, list[RedisConsumer]()
+
+                async def all_but_the_first(consumer: RedisConsumer) -> None:
+                    """Others still beat, and find that the first one does not."""
+                    beaten.append(consumer)
+                    if consumer is not beaten[0]:
+                        await beat_on(consumer)
+
+                monkeypatch.setattr(RedisConsumer, "_beat_on", all_but_the_first)
+            case "fencing":
+                fence = "if who ~= s.me then return 'TAKEN' end"
+                assert fence in scripts.COMMIT
+                open_script = scripts.COMMIT.replace(fence, "")
+                monkeypatch.setattr(scripts, "COMMIT", open_script)
+                monkeypatch.setattr(scripts, "COMMIT_DIGEST", sha1(open_script.encode()).hexdigest())
+            case _:
+                return "there is no watermark: each entry is acknowledged by itself"
+        return ""
 
     def address(self, topology: str, channel: str) -> str:
         return f"{{{topology}}}:{channel}"

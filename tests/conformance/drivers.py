@@ -7,6 +7,8 @@ import importlib
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
+import pytest
+
 from orchestrator.topology.model import Channel, Subscription, Topology
 
 from .victims import ProcessVictim, Victim
@@ -30,6 +32,7 @@ class Driver(Protocol):
     kind: str
     client: Mapping[str, Any]  # raw client options of the topology's broker
     lease_constants: tuple[str, ...]  # "module:NAME" of each name that holds the adapter's lease in seconds
+    carried: tuple[str, ...]  # more such names, whose values (patched ones too) victims get to know
     short_lease: float  # to which the takeover tests may shorten it
     too_large: int | None  # a body of so many bytes is refused; None: this broker takes whatever we can try
     processes: bool  # consumers may live in processes of their own
@@ -42,6 +45,10 @@ class Driver(Protocol):
 
     def end(self) -> None:
         """The test is over; the server goes on to the next."""
+
+    def without(self, mechanism: str, monkeypatch: pytest.MonkeyPatch) -> str:
+        """Takes a mechanism of this adapter out for the test: renewal (of leases, while the loop runs), fencing (of a
+        late settlement), watermark (settled out of order). "" when done, else why this broker has none to take."""
 
     async def kill_server(self) -> None:
         """As SIGKILL: nothing is said to anyone."""
@@ -72,6 +79,7 @@ class ServerDriver:
 
     client: Mapping[str, Any] = {}
     lease_constants: tuple[str, ...]
+    carried: tuple[str, ...] = ()
     too_large: int | None = None
     processes = True
     undeletable = ""
@@ -94,7 +102,7 @@ class ServerDriver:
         await asyncio.to_thread(self.server.start)
 
     async def victim(self, topology: Topology, agent: str, slot: str, free: int) -> Victim:
-        return await ProcessVictim.start(topology, agent, slot, free, self.lease_constants)
+        return await ProcessVictim.start(topology, agent, slot, free, (*self.lease_constants, *self.carried))
 
 
 def driver_class(kind: str) -> Callable[..., Driver]:

@@ -48,9 +48,10 @@ PATIENCE = 15.0
 
 
 async def eventually(
-    state: Callable[[], Any], *, within: float = PATIENCE, what: str | Callable[[], str] = "the state waited for"
+    state: Callable[[], Any], *, within: float | None = None, what: str | Callable[[], str] = "the state waited for"
 ) -> Any:
     """Waits until `state()` is true and returns it; fails saying what it was at the end. It may be a coroutine."""
+    within = PATIENCE if within is None else within
     deadline = time.monotonic() + within
     while True:
         value = state()
@@ -83,8 +84,8 @@ def outcome() -> tuple[Done, asyncio.Future[None]]:
     return done, future
 
 
-async def finished(future: asyncio.Future[None], within: float = PATIENCE) -> None:
-    await asyncio.wait_for(future, within)
+async def finished(future: asyncio.Future[None], within: float | None = None) -> None:
+    await asyncio.wait_for(future, PATIENCE if within is None else within)
 
 
 class Reader:
@@ -126,7 +127,7 @@ class Reader:
         self.free = free
         self.consumer.demand(free)
 
-    async def take(self, count: int = 1, *, within: float = PATIENCE) -> list[Delivery]:
+    async def take(self, count: int = 1, *, within: float | None = None) -> list[Delivery]:
         """The next `count` deliveries."""
         await eventually(
             lambda: len(self.inbox) >= count,
@@ -136,7 +137,7 @@ class Reader:
         taken, self.inbox = self.inbox[:count], self.inbox[count:]
         return taken
 
-    async def take_one(self, *, within: float = PATIENCE) -> Delivery:
+    async def take_one(self, *, within: float | None = None) -> Delivery:
         return (await self.take(1, within=within))[0]
 
     def bodies(self) -> list[bytes]:
@@ -245,14 +246,14 @@ class Lab:
             **given,
         )
 
-    async def send(self, *messages: Outgoing, producer: Producer | None = None, within: float = PATIENCE) -> None:
+    async def send(self, *messages: Outgoing, producer: Producer | None = None, within: float | None = None) -> None:
         """Publishes, and returns when all are confirmed."""
         futures = []
         for message in messages:
             done, future = outcome()
             (producer or self.producer).send(message, done)
             futures.append(future)
-        await asyncio.wait_for(asyncio.gather(*futures), within)
+        await asyncio.wait_for(asyncio.gather(*futures), PATIENCE if within is None else within)
 
     async def publish(self, event_type: str = "task.assigned", **given: Any) -> Outgoing:
         message = self.message(event_type, **given)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import replace
 
 import pytest
 
-from orchestrator.brokers.base import FRESH
+from orchestrator.brokers.base import FRESH, Outgoing
 from orchestrator.errors import PublishRejected
+from orchestrator.topology.model import Overflow, Retention
 
 from .rig import Lab, Reader, Rig, elapse, eventually
 
@@ -91,29 +94,37 @@ async def test_outputs_may_go_to_several_channels(rig: Rig) -> None:
         assert [event.body for event in await lab.stored("events")] == [report.body]
 
 
+@asynccontextmanager
+async def refusal(rig: Rig) -> AsyncIterator[tuple[Lab, Outgoing]]:
+    """A lab, and an output that its broker refuses: too large, or for a channel that is full."""
+    if rig.driver.too_large is not None:
+        async with rig.lab() as lab:
+            yield lab, lab.message("agent.completed", channel="events", body=b"x" * rig.driver.too_large)
+        return
+    full = {"retention": Retention(max_events=1), "overflow": Overflow.REJECT}
+    async with rig.lab(events=full) as lab:
+        await lab.publish("agent.completed", channel="events")
+        yield lab, lab.message("agent.completed", channel="events")
+
+
 async def test_an_output_that_is_refused_leaves_the_event_unsettled(rig: Rig) -> None:
-    if rig.driver.too_large is None:
-        pytest.skip("nothing that a test can send is refused here")
-    async with rig.lab() as lab:
+    async with refusal(rig) as (lab, refused):
         sent = await lab.publish()
         reader = await lab.reader(free=1, slot="worker.0")
-        huge = lab.message("agent.completed", channel="events", body=b"x" * rig.driver.too_large)
+        delivery = await reader.take_one()
         with pytest.raises(PublishRejected):
-            await reader.settle(await reader.take_one(), huge)
+            await reader.settle(delivery, refused)
         again = await reopened(lab, reader, free=1)
         assert (await again.take_one()).body == sent.body
 
 
 async def test_after_a_refusal_the_same_delivery_can_still_be_retried(rig: Rig) -> None:
-    if rig.driver.too_large is None:
-        pytest.skip("nothing that a test can send is refused here")
-    async with rig.lab() as lab:
+    async with refusal(rig) as (lab, refused):
         await lab.publish()
         reader = await lab.reader(free=2)
         delivery = await reader.take_one()
-        huge = lab.message("agent.completed", channel="events", body=b"x" * rig.driver.too_large)
         with pytest.raises(PublishRejected):
-            await reader.settle(delivery, huge)
+            await reader.settle(delivery, refused)
         await reader.retry(delivery, replace(FRESH, attempts=1), 0)
         assert (await reader.take_one()).history.attempts == 1
 

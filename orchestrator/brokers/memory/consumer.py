@@ -178,14 +178,19 @@ class MemoryConsumer(Consumer):
         pending = delivery.pending
         log = self._hub.log(self._address)
         group = self._hub.group(self._address, self._subscription.group)
-        known = group.pending.get(pending.entry.place) is pending
-        if not known or pending.holder is not self or pending.turn != delivery.turn:
+        if not self._owns(delivery, group):
             if self._held.pop(delivery.position, None) is not None and self._sink is not None:
                 self._sink.revoked([delivery])
             raise BrokerUnavailable(f"{delivery.position} was handed to another worker meanwhile")
         act(log, group, pending)
         if not keep:
             self._held.pop(delivery.position, None)
+
+    def _owns(self, delivery: MemoryDelivery, group: Group) -> bool:
+        """Whether it is still ours, and was not handed out again since: the fence against a late settlement."""
+        pending = delivery.pending
+        known = group.pending.get(pending.entry.place) is pending
+        return known and pending.holder is self and pending.turn == delivery.turn
 
     def _give_back(self, group: Group, pending: Pending) -> None:
         group.give_back(pending)
