@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -57,3 +58,13 @@ def test_the_readme_topology_is_valid(tmp_path: Path) -> None:
         (tmp_path / name).write_text(snippet.group(1))
     done = orchestrator("validate", "--handlers", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_readme_test_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    readme = (ROOT / "README.md").read_text()
+    snippet = re.search(r"```python\n(from orchestrator.testing.*?)```", readme, re.S)
+    assert snippet, "the README shows no test"
+    monkeypatch.chdir(ROOT)
+    names: dict[str, Any] = {}
+    exec(snippet.group(1), names)
+    names["test_a_task_without_a_query_dies_alone"]()
