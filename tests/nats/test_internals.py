@@ -22,7 +22,7 @@ def test_nats_py_is_the_version_that_was_read() -> None:
 
 async def test_attributes_that_we_lean_on_are_there() -> None:
     plain = Client()
-    for name in ("_ps", "_sid", "_subs", "_transport", "_server_info"):
+    for name in ("_ps", "_sid", "_subs", "_transport", "_server_info", "_server_pool"):
         assert name in vars(plain), f"nats-py's Client has no {name} any more"
     assert isinstance(plain._ps, Parser)
     assert plain._ps.nc is plain
@@ -30,6 +30,7 @@ async def test_attributes_that_we_lean_on_are_there() -> None:
     assert plain._sid == 0
     assert list(inspect.signature(Client._process_msg).parameters)[1:] == ["sid", "subject", "reply", "data", "headers"]
     assert inspect.iscoroutinefunction(Parser.parse)
+    assert list(inspect.signature(Client._connect_to_server).parameters) == ["self", "s"]
     assert list(inspect.signature(Subscription.__init__).parameters)[1:4] == ["conn", "id", "subject"]
 
 

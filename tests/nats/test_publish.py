@@ -13,7 +13,7 @@ import pytest
 from orchestrator.brokers.base import Outgoing
 from orchestrator.brokers.nats.resources import safe
 from orchestrator.errors import BrokerUnavailable, PublishRejected
-from orchestrator.topology.model import Retention
+from orchestrator.topology.model import Auth, Retention
 from tests.nats.rig import finished, rig, topology, until
 from tests.servers.nats import NatsServer
 
@@ -220,3 +220,15 @@ async def test_reply_reaches_the_inbox_of_the_asker(nats_server: NatsServer) -> 
         assert got == [(answer.body, {"correlation-id": answer.correlation_id, "traceparent": "00-3"})]
         with pytest.raises(PublishRejected):
             other.connection.producer().reply("evil *", answer, lambda error: None)
+
+
+async def test_publishing_without_permission_is_refused() -> None:
+    rule = '{user: u, password: p, permissions: {publish: {deny: ["secret.>"]}}}'
+    server = NatsServer(f"authorization {{ users: [{rule}] }}").start()
+    try:
+        plan = topology(server.url, prefix="secret.", auth=Auth("plain", username="u", password="p"))
+        async with rig(server.url, plan) as made:
+            with pytest.raises(PublishRejected, match="permit"):
+                await made.publish(made.event())
+    finally:
+        server.close()

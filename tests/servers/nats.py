@@ -32,8 +32,8 @@ class NatsServer:
     def __init__(self, config: str = "", *, jetstream: bool = True) -> None:
         self.port = free_port()
         self.home = Path(tempfile.mkdtemp(prefix="orchestrator-nats-"))
-        store = f'jetstream {{ store_dir: "{self.home}" }}\n' if jetstream else ""
-        self._config = store + config
+        self._store = f'jetstream {{ store_dir: "{self.home}" }}\n' if jetstream else ""
+        self._config = self._store + config
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -48,8 +48,7 @@ class NatsServer:
     def start(self) -> NatsServer:
         binary = find_binary()
         assert binary is not None, "no nats-server on this machine"
-        file = self.home / "server.conf"
-        file.write_text(f'listen: "127.0.0.1:{self.port}"\nserver_name: test\n{self._config}\n')
+        file = self._write_config()
         with open(self.home / "server.log", "ab") as log:
             self._process = subprocess.Popen([binary, "-c", str(file)], stdout=log, stderr=log, start_new_session=True)
         deadline = time.monotonic() + 15
@@ -58,6 +57,17 @@ class NatsServer:
             assert time.monotonic() < deadline, "nats-server did not become ready"
             time.sleep(0.01)
         return self
+
+    def reload(self, config: str) -> None:
+        """Gives the running server another configuration."""
+        self._config = self._store + config
+        self._write_config()
+        os.kill(self.pid, signal.SIGHUP)
+
+    def _write_config(self) -> Path:
+        file = self.home / "server.conf"
+        file.write_text(f'listen: "127.0.0.1:{self.port}"\nserver_name: test\n{self._config}\n')
+        return file
 
     def stop(self) -> None:
         """SIGTERM, then wait."""

@@ -100,9 +100,13 @@ class Link:
         self.client = client
         self.url = url
         self.listeners: list[Callable[[bool], None]] = []
+        self.denied: list[Callable[[str], None]] = []
         self.closed_reason: str | None = None
+        self._reopening: asyncio.Task[None] | None = None
+        self._closing = False
         domain = options.get("domain")
         self._api = f"$JS.{domain}.API." if domain else "$JS.API."
+        self.inbox_open = False  # True once the first connection stands
         self.inbox = f"_INBOX.{secrets.token_hex(11)}."
         self._cut = len(self.inbox)
         self.waiting: dict[bytes, Reply] = {}
@@ -130,7 +134,7 @@ class Link:
     def api_subject(self, verb: str) -> str:
         return self._api + verb
 
-    def _on_reply(self, subject: bytes, _reply: bytes, header: bytes | None, body: bytes) -> None:
+    def on_reply(self, subject: bytes, _reply: bytes, header: bytes | None, body: bytes) -> None:
         receive = self.waiting.get(subject[self._cut :])
         if receive is not None:
             receive(header, body)
@@ -255,14 +259,49 @@ class Link:
         why = f": {self.closed_reason}" if self.closed_reason else ""
         return BrokerUnavailable(f"not connected to NATS at {self.url}{why}", hint="is the server up and reachable?")
 
+    def heard_error(self, text: str) -> None:
+        """Keeps why there is no connection, and tells publishers which subject they may not publish to."""
+        if not self.connected:
+            self.closed_reason = text.removeprefix("nats: ")
+        denied = re.search(r'permissions violation for publish to "?([^"\s]+)', text, re.IGNORECASE)
+        if denied is not None:
+            for tell in self.denied:
+                tell(denied[1].lower())
+
     def changed(self, up: bool) -> None:
         if up:
+            self.closed_reason = None
             self.client.flush_frames()
         for listener in list(self.listeners):
             listener(up)
 
+    def given_up(self, options: Json) -> None:
+        """The server ended the connection for good (credentials revoked, say): nats-py stops then, we do not."""
+        if self._closing or not self.inbox_open:
+            return
+        self.closed_reason = str(self.client.last_error or "closed by the server")
+        self.changed(False)
+        if self._reopening is None or self._reopening.done():
+            self._reopening = asyncio.create_task(self._reopen(options), name="nats-reopen")
+
+    async def _reopen(self, options: Json) -> None:
+        while True:
+            await asyncio.sleep(0.5)
+            try:
+                await asyncio.wait_for(self.client.reopen(options), 5.0)
+            except (nats.errors.Error, OSError, TimeoutError) as error:
+                self.closed_reason = str(error) or self.closed_reason
+                continue
+            self.closed_reason = None
+            self.changed(True)
+            return
+
     async def close(self) -> None:
         """Sends what is queued and closes."""
+        self._closing = True
+        if self._reopening is not None:
+            self._reopening.cancel()
+            await asyncio.gather(self._reopening, return_exceptions=True)
         self.listeners.clear()
         self.client.flush_frames()
         if self.connected:
@@ -283,6 +322,7 @@ async def open_link(broker: Broker, url: str, *, name: str, patience: float, roo
 
     async def failed(error: Exception) -> None:
         failures[:] = [error]
+        link.heard_error(str(error))
 
     async def up() -> None:
         link.changed(True)
@@ -291,8 +331,7 @@ async def open_link(broker: Broker, url: str, *, name: str, patience: float, roo
         link.changed(False)
 
     async def closed() -> None:
-        link.closed_reason = str(client.last_error or "closed")
-        link.changed(False)
+        link.given_up(options)
 
     options: Json = {
         "servers": [part.strip() for part in url.split(",")],
@@ -321,7 +360,8 @@ async def open_link(broker: Broker, url: str, *, name: str, patience: float, roo
             f"cannot connect to NATS at {safe_url(url)}: {str(cause) or type(cause).__name__}",
             hint=_connect_hint(cause, broker),
         ) from None
-    client.listen(link.inbox + "*", link._on_reply)
+    client.listen(link.inbox + "*", link.on_reply)
+    link.inbox_open = True
     return link
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.brokers.base import FRESH, Delivery, Done, Ended, History, Left, Outgoing, Sink
 from orchestrator.brokers.nats.client import Raw, headers_of
+from orchestrator.brokers.nats.delivery import NatsDelivery, Record
 from orchestrator.brokers.nats.pull import Lane
 from orchestrator.brokers.nats.resources import ACK_WAIT, safe
 from orchestrator.brokers.nats.trimmed import LOST, Trimmed
@@ -28,67 +29,6 @@ if TYPE_CHECKING:
 _LOOK = 2.0  # seconds between looks for unread events that were trimmed
 _REMEMBERED = 65536  # events given back unstarted
 _EARLY = 0.02  # seconds before its time that a retry may be handed out
-
-
-class NatsDelivery(Delivery):
-    """Carries what settling needs. Equal sequences in the same lane are the same event."""
-
-    __slots__ = ("count", "key", "lane", "order", "reply", "stamp", "stored")
-
-    def __init__(  # one call a delivery: it does not go through the base's keyword arguments
-        self, lane: Lane, channel: str, prefix: int, subject: bytes, reply: bytes, header: bytes | None, body: bytes
-    ) -> None:
-        parts = reply.split(b".")
-        shift = 2 if len(parts) > 9 else 0
-        self.lane = lane
-        self.reply = reply
-        self.count = int(parts[4 + shift])
-        self.key = parts[5 + shift]
-        self.order = parts[6 + shift]
-        self.stamp = parts[7 + shift]
-        self.stored = False  # a history lies in the state stream
-        self.body = body
-        self.headers = public_headers(header) if header else {}
-        self.event_type = subject[prefix:].decode("utf-8", "surrogateescape")
-        self.channel = channel
-        self.position = f"{lane.stream}:{self.key.decode()}"
-        self.token = reply
-        self.time = int(self.stamp) / 1e9
-        self.redelivered = False
-        self.history = FRESH
-
-
-def public_headers(block: bytes) -> dict[str, str]:
-    """Without the server's own: Nats-* are mechanics of the wire, not of the event."""
-    found = headers_of(block)
-    for name in [n for n in found if n[:5].lower() == "nats-"]:
-        del found[name]
-    return found
-
-
-class _Record:
-    """A history as it is stored: with the delivery that it accounts for, and the stamp of the event it is about."""
-
-    __slots__ = ("count", "history", "reply", "stamp")
-
-    def __init__(self, history: History, count: int, stamp: bytes, reply: bytes) -> None:
-        self.history = history
-        self.count = count
-        self.stamp = stamp
-        self.reply = reply
-
-    def encode(self) -> bytes:
-        known = self.history.encode()[:-1]  # "{" or '{"attempts":1'
-        comma = b"," if len(known) > 1 else b""
-        return b'%b%b"~n":%d,"~t":"%b","~r":"%b"}' % (known, comma, self.count, self.stamp, self.reply)
-
-    @classmethod
-    def decode(cls, data: bytes) -> _Record | None:
-        try:
-            raw = json.loads(data)
-            return cls(History.decode(data), int(raw["~n"]), str(raw["~t"]).encode(), str(raw["~r"]).encode())
-        except (ValueError, KeyError, TypeError):
-            return None  # not ours: whoever wrote it, the event is then as good as fresh
 
 
 class _Settling:
@@ -144,7 +84,7 @@ class NatsConsumer:
         self._unsettled: dict[tuple[Lane, bytes], NatsDelivery] = {}
         self._batch: list[NatsDelivery] = []
         self._parked: list[NatsDelivery] = []  # one redriven event may wait for a slot
-        self._known: dict[str, _Record] = {}  # histories at the last (re)connect
+        self._known: dict[str, Record] = {}  # histories at the last (re)connect
         self._given_back: dict[tuple[str, bytes], int] = {}  # never started here: delivery counts to overlook
         self._floor = 0  # everything up to here is settled, as last seen
         self._reading = False
@@ -178,10 +118,10 @@ class NatsConsumer:
                 self._floor = int(info["ack_floor"]["stream_seq"])
                 self._lease = float(info["config"]["ack_wait"]) / 1e9
                 await self._trimmed.look(lane.stream, info)
-        known: dict[str, _Record] = {}
+        known: dict[str, Record] = {}
         async for raw in self._link.read(self._state, subject=self._history_root + "*"):
             suffix = raw.subject.rpartition(".")[2]
-            record = _Record.decode(raw.body)
+            record = Record.decode(raw.body)
             if suffix == LOST:
                 continue
             if suffix.isdigit() and int(suffix) <= self._floor:
@@ -213,7 +153,7 @@ class NatsConsumer:
 
     def _link_changed(self, up: bool) -> None:
         if not up:
-            self._say(f"not connected to NATS at {self._link.url}")
+            self._say(self._link.unavailable().message)
         elif self._reading:
             self._resume("reconnecting")
 
@@ -261,7 +201,7 @@ class NatsConsumer:
     async def _heal(self, missing: ResourceMissing) -> None:
         try:
             healed = await self._connection.heal(self._subscription, self._floor)
-        except BrokerError as error:
+        except OrchestratorError as error:
             self._say(f"{missing.message}; {error.message}")
             await asyncio.sleep(0.75)
             return
@@ -273,13 +213,14 @@ class NatsConsumer:
         while True:
             await asyncio.sleep(min(1.0, self._lease / 6))
             if not self._link.connected:
+                self._say(self._link.unavailable().message)  # the reason may be known by now
                 continue
             if self._reading and self._resuming is None:
                 quiet = [lane for lane in (self._main, self._redrive) if not lane.check()]
                 if quiet:
                     self._resume(f"no sign of life of {quiet[0].stream}/{quiet[0].durable}")
             now = self._clock()
-            if self._slot.endswith(".0") and self._reading and now - self._looked >= _LOOK:
+            if self._reading and now - self._looked >= _LOOK:
                 self._looked = now
                 self._spawn(self._look())
             if now - self._extended >= self._lease / 3:
@@ -294,7 +235,9 @@ class NatsConsumer:
     async def _look(self) -> None:
         stream, durable = self._main.stream, self._main.durable
         with contextlib.suppress(BrokerError):  # the pull loop reports and heals; this looks again in two seconds
-            await self._trimmed.look(stream, await self._link.api(f"CONSUMER.INFO.{stream}.{durable}"))
+            info = await self._link.api(f"CONSUMER.INFO.{stream}.{durable}")
+            self._floor = int(info["ack_floor"]["stream_seq"])
+            await self._trimmed.look(stream, info)
 
     def keep_alive(self) -> None:
         replies = [delivery.reply.decode() for delivery in list(self._unsettled.values())]
@@ -390,6 +333,7 @@ class NatsConsumer:
 
     def _look_up(self, delivery: NatsDelivery) -> None:
         self._looking += 1
+        self._known.pop(self._suffix(delivery), None)  # what is read now is newer
         self._spawn(self._look_up_later(delivery))
 
     async def _look_up_later(self, delivery: NatsDelivery) -> None:
@@ -401,9 +345,9 @@ class NatsConsumer:
         finally:
             self._looking -= 1
         if self._unsettled.get((delivery.lane, delivery.key)) is delivery:
-            self._judge(delivery, _Record.decode(raw.body) if raw is not None else None)
+            self._judge(delivery, Record.decode(raw.body) if raw is not None else None)
 
-    def _judge(self, delivery: NatsDelivery, record: _Record | None) -> None:
+    def _judge(self, delivery: NatsDelivery, record: Record | None) -> None:
         """What is known of a redelivery; one that came before its time goes back for the rest."""
         if record is not None and record.stamp != delivery.stamp:
             record = None  # about an earlier event of this sequence: the stream was created again
@@ -490,7 +434,7 @@ class NatsConsumer:
         if await self._is_settled(ghost):
             return
         raw = await self._link.message(self._state, {"last_by_subj": self._subject(ghost)})
-        record = _Record.decode(raw.body) if raw is not None else None
+        record = Record.decode(raw.body) if raw is not None else None
         history = record.history if record is not None and record.stamp == ghost.stamp else FRESH
         if left.ended is not Ended.RETURNED:
             history = self._sink.on_crash(history, left.ended)
@@ -513,7 +457,7 @@ class NatsConsumer:
 
     def _store(self, delivery: NatsDelivery, history: History, done: Done) -> None:
         """Keeps `history`; it accounts for the deliveries so far."""
-        record = _Record(history, delivery.count, delivery.stamp, delivery.reply)
+        record = Record(history, delivery.count, delivery.stamp, delivery.reply)
         delivery.stored = True
         self._connection.publisher.publish(self._subject(delivery).encode(), b"", record.encode(), self._state, done)
 

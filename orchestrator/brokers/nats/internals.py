@@ -4,8 +4,9 @@ Why: the public client makes about 575 Python calls for one event, most of them 
 flusher. Here frames are parsed in one loop and handed to plain callbacks, and what is written in one turn of the event
 loop goes out in one write. Connecting, authentication, TLS, pings and reconnecting stay nats-py's.
 
-Used of nats.aio.client.Client: _ps, _sid, _subs, _transport, _server_info, _process_msg. Used of
-nats.protocol.parser.Parser: nc, parse, reset. Used of nats.aio.subscription.Subscription: its constructor.
+Used of nats.aio.client.Client: _ps, _sid, _subs, _transport, _server_info, _server_pool, _process_msg,
+_connect_to_server. Used of nats.protocol.parser.Parser: nc, parse, reset. Used of
+nats.aio.subscription.Subscription: its constructor.
 tests/nats/test_internals.py fails when one of them is gone.
 """
 
@@ -103,6 +104,7 @@ class FastClient(Client):
         self.direct: dict[bytes, Receive] = {}  # sid -> receiver
         self._ps = _FastParser(self)
         self._loop = asyncio.get_running_loop()
+        self._heard: dict[int, str] = {}  # sid -> subject
         self._out: list[bytes] = []
         self._hooks: list[Callable[[], None]] = []
         self._after: list[Callable[[], None]] = []
@@ -159,6 +161,7 @@ class FastClient(Client):
         self._sid += 1
         key = str(self._sid).encode()
         self._subs[self._sid] = Subscription(self, self._sid, subject)
+        self._heard[self._sid] = subject
         self.direct[key] = receive
         if self.is_connected:
             self.send(b"SUB %s %s\r\n" % (subject.encode(), key))
@@ -166,8 +169,9 @@ class FastClient(Client):
 
     def unlisten(self, key: bytes, late: Receive | None = None) -> None:
         """Ends a subscription. What was already on its way still goes to `late`, for five seconds."""
-        if self._subs.pop(int(key), None) is None:
+        if self._heard.pop(int(key), None) is None:
             return
+        self._subs.pop(int(key), None)
         if self.is_connected:
             self.send(b"UNSUB %s\r\n" % key)
         if late is None:
@@ -175,6 +179,20 @@ class FastClient(Client):
         else:
             self.direct[key] = late
             self._loop.call_later(5.0, self.direct.pop, key, None)
+
+    async def reopen(self, options: dict[str, Any]) -> None:
+        """Connects again after nats-py has given up (the server ended the connection with an error)."""
+        self._server_pool = []
+        await self.connect(**options)
+        for sid, subject in self._heard.items():
+            self._subs[sid] = Subscription(self, sid, subject)
+            self.send(b"SUB %s %d\r\n" % (subject.encode(), sid))
+
+    async def _connect_to_server(self, s: Any) -> None:
+        """nats-py forgets the socket of a handshake that failed: closed here, or each attempt would leak one."""
+        if self._transport:
+            self._transport.close()  # type: ignore[no-untyped-call]  # nats-py leaves it untyped
+        await super()._connect_to_server(s)
 
     def report(self, what: str, error: Exception) -> None:
         """Tells the event loop's exception handler: the worker logs it."""

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from orchestrator.brokers.base import Done, Outgoing
 from orchestrator.brokers.nats.client import Link, iso, status_of
 from orchestrator.brokers.nats.resources import safe
-from orchestrator.errors import BrokerError, BrokerUnavailable, PublishRejected, ResourceMissing
+from orchestrator.errors import BrokerError, BrokerUnavailable, PublishRejected, RefusedError, ResourceMissing
 from orchestrator.topology.model import Channel
 
 if TYPE_CHECKING:
@@ -74,6 +74,7 @@ class Publisher:
         self._clock = asyncio.get_running_loop().time
         self._ticker = asyncio.create_task(self._watch(), name="nats-publish-watch")
         link.listeners.append(self._link_changed)
+        link.denied.append(self._denied)
 
     @property
     def ready(self) -> bool:
@@ -152,7 +153,7 @@ class Publisher:
         """Nobody listened on a subject: JetStream is starting, or the stream is gone."""
         try:
             await self._recreate(name, None if isinstance(home, str) else home)
-        except (ResourceMissing, PublishRejected) as error:
+        except (ResourceMissing, PublishRejected, RefusedError) as error:
             self._end_all(lambda entry: _stream(entry.home) == name, PublishRejected(error.message, hint=error.hint))
             return
         except BrokerError:
@@ -160,6 +161,13 @@ class Publisher:
         finally:
             self._healing.pop(name, None)
         self._resend(lambda entry: entry.sent == 0.0)
+
+    def _denied(self, subject: str) -> None:
+        """The server names the subject in lower case and acknowledges nothing."""
+        self._end_all(
+            lambda entry: entry.frame.split(b" ", 2)[1].decode().lower() == subject,
+            PublishRejected(f"NATS does not permit publishing to {subject}", hint="grant it to the user in `auth`"),
+        )
 
     def _end_all(self, which: Callable[[_Publish], bool], error: BaseException) -> None:
         for entry in [e for e in self._open.values() if which(e)]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from orchestrator.brokers.nats.client import headers_of
 from orchestrator.brokers.nats.producer import head
 from orchestrator.brokers.nats.pull import Lane
-from orchestrator.errors import BrokerError, OrchestratorError
+from orchestrator.errors import OrchestratorError
 
 if TYPE_CHECKING:
     from orchestrator.brokers.nats.connection import NatsConnection
@@ -104,7 +104,7 @@ class Relay:
                 if await self._connection.heal_later():
                     self._connection.alarm("the stream of delayed events was deleted and has been created again")
                 break
-            except BrokerError:
+            except OrchestratorError:
                 await asyncio.sleep(0.5)  # consumers report the same trouble meanwhile
         self._lane.restart()
         self._lane.pull(_ROOM - self._moving)

@@ -1,7 +1,7 @@
 """Notices events that the channel's limits removed before this subscription had read them.
 
 JetStream says nothing of it: the consumer just goes on behind the gap. So a gap in what is delivered is compared with
-where the stream now begins; and the first worker of an agent looks every two seconds, and at its start, whether the
+where the stream now begins; and each worker looks every two seconds, and at its start, whether the
 stream begins behind what was delivered last. What was lost is kept beside the histories, so that `status` knows it and
 nobody is told twice.
 """
