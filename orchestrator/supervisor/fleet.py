@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Coroutine, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -138,7 +139,7 @@ class Fleet:
 
     def of(self, agent: str) -> list[Slot]:
         """The slots of `agent`, in order."""
-        return [slot for (name, _), slot in sorted(self.slots.items()) if name == agent]
+        return sorted((s for (name, _), s in self.slots.items() if name == agent), key=lambda s: s.post.number)
 
     @property
     def warm_pid(self) -> int | None:
@@ -151,8 +152,9 @@ class Fleet:
             return
         self.target = target
         self._wanted = target.wanted(gate)
+        agents = target.agents()
         for slot in self.slots.values():
-            if (agent := target.agents().get(slot.post.agent)) is not None:
+            if (agent := agents.get(slot.post.agent)) is not None:
                 slot.limits = process.Limits.of(agent)
         self._apply_pauses()
         self._adjust()
@@ -254,11 +256,8 @@ class Fleet:
             if each.agent in touched and not self.slots[each.agent, each.slot].life.recovering
         ]
         ready = all(each.ready and each.digest == self._digest(each.agent) for each in running)
-        enough = all(
-            sum(each.agent == name for each in running) == want.replicas
-            for name, want in self._wanted.items()
-            if name in touched
-        )
+        have = Counter(each.agent for each in running)
+        enough = all(have[name] == want.replicas for name, want in self._wanted.items() if name in touched)
         return ready and enough
 
     def _digest(self, agent: str) -> str | None:
@@ -268,7 +267,8 @@ class Fleet:
     def _starting(self, touched: Collection[str]) -> set[str]:
         """The new slots that are not ready, by name."""
         names = {slot.post.name for slot in self._new(touched) if slot.life.state is not State.READY}
-        short = {name for name in touched if name in self._wanted and not self.of(name)}
+        present = {agent for agent, _ in self.slots}
+        short = {name for name in touched if name in self._wanted and name not in present}
         return names | short
 
     def _new(self, touched: Collection[str]) -> list[Slot]:
