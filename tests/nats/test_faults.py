@@ -121,9 +121,12 @@ async def test_deleted_consumer_is_made_again_where_it_was(server: NatsServer) -
         for got in await sink.take(3):
             await finished(first.settle, got, [])
         await first.close()
+        stream, durable = safe(made.channel("events").address), safe(made.subscription("audit").group)
+        link = made.connection.link
+        while (await link.api(f"CONSUMER.INFO.{stream}.{durable}"))["ack_floor"]["stream_seq"] < 3:
+            await asyncio.sleep(0.01)  # the server takes acknowledgements in its own time
         consumer, sink = await made.consumer("audit")
         consumer.demand(8)
-        stream, durable = safe(made.channel("events").address), safe(made.subscription("audit").group)
         await made.connection.link.api(f"CONSUMER.DELETE.{stream}.{durable}")
         await until(lambda: sink.alarms, "the healing was told", 5)
         assert durable in sink.alarms[0]

@@ -97,9 +97,8 @@ class NatsConnection(Operations):
             if await self._missing(f"STREAM.INFO.{name}"):
                 await self._make(name)
                 healed.append(f"stream {name}")
-        inbox = self.resources.names.redrive_durable(subscription, channel)
-        gone = await self._missing(f"CONSUMER.INFO.{stream}.{durable}")
-        if gone or await self._missing(f"CONSUMER.INFO.{self.resources.names.inbox}.{inbox}"):
+        await self.resources.create_redrive(self.resources.names.redrive_durable(subscription, channel))
+        if await self._missing(f"CONSUMER.INFO.{stream}.{durable}"):
             wanted = self.wanted.get(f"{stream}/{durable}")
             if wanted is None:
                 raise ResourceMissing(f"consumer {stream}/{durable} is gone", hint="run `orchestrator apply`")

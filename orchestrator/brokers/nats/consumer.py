@@ -72,6 +72,10 @@ class NatsConsumer:
         self._main = Lane(self._link, stream, safe(subscription.group), self._on_main, self._on_late, self._on_lost)
         durable = names.redrive_durable(subscription, self._channel)
         self._redrive = Lane(self._link, names.inbox, durable, self._on_redrive, self._on_late, self._on_lost)
+        self._redrive_subject = names.redrive_subject(subscription, self._channel)
+        self._bell = names.bell(subscription, self._channel)
+        self._bell_sid = b""
+        self._ringing = False  # redriven events are there, or were
         self._send = connection.producer().send
         channel = self._channel
         exact = set(subscription.events) == set(channel.events) and not channel.external and not channel.dead_letters
@@ -101,6 +105,7 @@ class NatsConsumer:
     async def open(self, sink: Sink) -> None:
         self._sink = sink
         self._connection.sinks.append(sink)
+        self._bell_sid = self._client.listen(self._bell, self._on_bell)
         await self._prepare()
         self._main.open()
         self._redrive.open()
@@ -112,12 +117,15 @@ class NatsConsumer:
 
     async def _prepare(self) -> None:
         """Reads position and histories. Raises ResourceMissing or BrokerUnavailable."""
-        for lane in (self._main, self._redrive):
-            info = await self._link.api(f"CONSUMER.INFO.{lane.stream}.{lane.durable}")
-            if lane is self._main:
-                self._floor = int(info["ack_floor"]["stream_seq"])
-                self._lease = float(info["config"]["ack_wait"]) / 1e9
-                await self._trimmed.look(lane.stream, info)
+        lane, inbox = self._main, self._redrive
+        info = await self._link.api(f"CONSUMER.INFO.{lane.stream}.{lane.durable}")
+        self._floor = int(info["ack_floor"]["stream_seq"])
+        self._lease = float(info["config"]["ack_wait"]) / 1e9
+        await self._trimmed.look(lane.stream, info)
+        held = await self._link.api(f"STREAM.INFO.{inbox.stream}", {"subjects_filter": self._redrive_subject})
+        if held["state"].get("subjects"):
+            await self._link.api(f"CONSUMER.INFO.{inbox.stream}.{inbox.durable}")
+            self._ringing = True
         known: dict[str, Record] = {}
         async for raw in self._link.read(self._state, subject=self._history_root + "*"):
             suffix = raw.subject.rpartition(".")[2]
@@ -149,7 +157,8 @@ class NatsConsumer:
         room = self._free - self._looking
         if room > 0:
             self._main.pull(room)
-            self._redrive.pull(1 - len(self._parked))
+            if self._ringing:
+                self._redrive.pull(1 - len(self._parked))
 
     def _link_changed(self, up: bool) -> None:
         if not up:
@@ -257,6 +266,8 @@ class NatsConsumer:
             self._link.listeners.remove(self._link_changed)
         if self._sink in self._connection.sinks:
             self._connection.sinks.remove(self._sink)
+        if self._bell_sid:
+            self._client.unlisten(self._bell_sid)
         self.release(list(self._unsettled.values()))
         tasks = [*self._tasks, *([self._resuming] if self._resuming else [])]
         for task in tasks:
@@ -274,6 +285,10 @@ class NatsConsumer:
         delivery.event_type = headers_of(header).get("Nats-Orchestrator-Type")
         self._take(delivery)
         self._ask()  # one at a time is asked for, so the next is asked for here
+
+    def _on_bell(self, _subject: bytes, _reply: bytes, _header: bytes | None, _body: bytes) -> None:
+        self._ringing = True
+        self._ask()
 
     def _on_late(self, _subject: bytes, reply: bytes, _header: bytes | None, _body: bytes) -> None:
         """Arrived after its request was withdrawn: somebody else may have it."""

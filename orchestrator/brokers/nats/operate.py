@@ -144,7 +144,9 @@ class Operations:
 
     async def redrive(self, subscription: Subscription, message: Outgoing) -> None:
         channel = self.topology.channels[subscription.channel]
-        subject = self.resources.names.redrive_subject(subscription, channel)
+        names = self.resources.names
+        await self.resources.create_redrive(names.redrive_durable(subscription, channel))
+        subject = names.redrive_subject(subscription, channel)
         kind = message.event_type.replace("\r", " ").replace("\n", " ")
         extra = f"Nats-Orchestrator-Type: {kind}\r\n".encode("utf-8", "surrogateescape")
         header = head("", message.correlation_id, message.headers, extra)
@@ -156,6 +158,7 @@ class Operations:
 
         self.publisher.publish(subject.encode(), header, message.body, self.resources.names.inbox, done)
         await confirmed
+        self.link.client.send(f"PUB {names.bell(subscription, channel)} 0\r\n\r\n".encode())
 
     async def lag(self, subscriptions: Sequence[Subscription]) -> Mapping[tuple[str, str], Lag]:
         found = await asyncio.gather(*map(self._lag, subscriptions))
@@ -165,7 +168,10 @@ class Operations:
         channel = self.topology.channels[subscription.channel]
         stream, names = self.stream(channel), self.resources.names
         info = await self.link.api(f"CONSUMER.INFO.{stream}.{safe(subscription.group)}")
-        inbox = await self.link.api(f"CONSUMER.INFO.{names.inbox}.{names.redrive_durable(subscription, channel)}")
+        try:
+            inbox = await self.link.api(f"CONSUMER.INFO.{names.inbox}.{names.redrive_durable(subscription, channel)}")
+        except ResourceMissing:
+            inbox = {}  # nothing was ever redriven
         waiting = int(info.get("num_pending", 0)) + int(inbox.get("num_pending", 0))
         pending = int(info.get("num_ack_pending", 0)) + int(inbox.get("num_ack_pending", 0))
         delayed, oldest = 0, 0.0

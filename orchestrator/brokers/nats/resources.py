@@ -48,6 +48,10 @@ class Names:
     def redrive_durable(self, subscription: Subscription, channel: Channel) -> str:
         return f"{safe(subscription.group)}--{safe(channel.address)}"
 
+    def bell(self, subscription: Subscription, channel: Channel) -> str:
+        """Rung when a redriven event lies in the inbox: workers pull from there only after that."""
+        return f"$ORCHESTRATOR.bell.{self.scope}.{self.redrive_durable(subscription, channel)}"
+
     def redrive_subject(self, subscription: Subscription, channel: Channel) -> str:
         return f"$ORCHESTRATOR.inbox.{self.scope}.{self.redrive_durable(subscription, channel)}"
 

@@ -137,16 +137,13 @@ class Resources:
         else:
             config = {**_consumer_config(durable, wanted.settings), **(start or {}), "metadata": self._labels(wanted)}
             await self._put_consumer(stream, durable, config)
-        inbox = f"{durable}--{stream}"
-        subject = f"$ORCHESTRATOR.inbox.{self.names.scope}.{inbox}"
-        await self._put_consumer(
-            self.names.inbox,
-            inbox,
-            {
-                **_consumer_config(inbox, {"filter_subjects": (subject,), "ack_wait": ACK_WAIT}),
-                "metadata": self._labels(wanted),
-            },
-        )
+
+    async def create_redrive(self, durable: str) -> None:
+        """The consumer of one subscription's redriven events; made when the first one comes, since a stream takes no
+        more than a thousand consumers."""
+        subject = f"$ORCHESTRATOR.inbox.{self.names.scope}.{durable}"
+        settings: dict[str, Setting] = {"filter_subjects": (subject,), "ack_wait": ACK_WAIT}
+        await self._put_consumer(self.names.inbox, durable, _consumer_config(durable, settings))
 
     async def create_relay(self) -> None:
         """The one consumer of the delayed events, shared by every worker."""
