@@ -152,10 +152,7 @@ TEND = (
 local stream, base, age, queue = arg(), arg(), num(), arg() == '1'
 if redis.call('EXISTS', stream) == 0 then return -1 end
 flush_later(stream, base)
-if age > 0 then
-  local n = redis.call('XTRIM', stream, 'MINID', '=', now - age)
-  if n > 0 and queue then redis.call('HINCRBY', base .. ':meta', 'trimmed', n) end
-end
+trim_old(stream, base, age, queue)
 return redis.call('XLEN', stream)
 """
 )

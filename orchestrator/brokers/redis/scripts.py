@@ -57,6 +57,30 @@ local function holder(s, id)
   if #p == 0 then return '', 0 end
   return p[1][2], p[1][4]
 end
+-- drops the oldest entries of a stream that is ours. What that loses is found out by the readers: of a queue by the
+-- number kept here, of a log by its counters, or before 7.0 by the first unread entry of each group
+local function trim_to(stream, base, how, limit, queue)
+  if not queue then
+    for name, g in pairs(groups(stream)) do
+      if g['entries-read'] == nil then
+        local last, field = g['last-delivered-id'], 'next/' .. name
+        local known = redis.call('HGET', base .. ':meta', field)
+        local first = redis.call('XRANGE', stream, '(' .. last, '+', 'COUNT', 1)[1]
+        if first and not (known and before(last, known)) then
+          redis.pcall('HSET', base .. ':meta', field, first[1])
+        end
+      end
+    end
+  end
+  local n = redis.call('XTRIM', stream, how, '=', limit)
+  if n > 0 and queue then redis.pcall('HINCRBY', base .. ':meta', 'trimmed', n) end
+  return n
+end
+-- by age; looked at first: once a script has written, even nothing, the server no longer refuses it for lack of memory
+local function trim_old(stream, base, age, queue)
+  if age <= 0 or #redis.call('XRANGE', stream, '-', now - age - 1, 'COUNT', 1) == 0 then return end
+  trim_to(stream, base, 'MINID', now - age, queue)
+end
 -- publishes whose time has come
 local function flush_later(stream, base)
   for _, packed in ipairs(redis.call('ZRANGEBYSCORE', base .. ':later', '-inf', now, 'LIMIT', 0, 200)) do
@@ -77,24 +101,14 @@ for i = 1, num() do
 end
 for i = 1, num() do sources[i] = source() end
 
-local function trim(c, how, limit)
-  local n = redis.call('XTRIM', c.stream, how, '=', limit)
-  if n > 0 then
-    c.len = c.len - n
-    if c.queue then redis.pcall('HINCRBY', c.base .. ':meta', 'trimmed', n) end
-  end
-end
 local function look(c)
   local kind = redis.call('TYPE', c.stream).ok
   c.len, c.used, c.each = 0, 0, 0
   if kind == 'none' then c.wrong = 'MISSING' return end
   if kind ~= 'stream' then c.wrong = 'WRONGTYPE ' .. c.stream .. ' is a ' .. kind .. ', not a stream' return end
   flush_later(c.stream, c.base)
+  trim_old(c.stream, c.base, c.age, c.queue)
   c.len = redis.call('XLEN', c.stream)
-  -- looked at first: once a script has written, even nothing, the server no longer refuses it for lack of memory
-  if c.age > 0 and #redis.call('XRANGE', c.stream, '-', now - c.age - 1, 'COUNT', 1) > 0 then
-    trim(c, 'MINID', now - c.age)
-  end
   if c.bytes > 0 and c.len > 0 then
     c.used = redis.call('MEMORY', 'USAGE', c.stream, 'SAMPLES', 10)
     c.each = c.used / c.len
@@ -127,9 +141,8 @@ local function refuse(c, size)
   end
   if over <= 0 then return end
   if c.reject and (c.queue or not handled(c, over)) then return 'FULL' end
-  local was = c.len
-  trim(c, 'MAXLEN', c.len - over)
-  c.used = c.used - (was - c.len) * c.each
+  local n = trim_to(c.stream, c.base, 'MAXLEN', c.len - over, c.queue)
+  c.len, c.used = c.len - n, c.used - n * c.each
 end
 local function dedup_key(o) return o.c.window > 0 and o.c.base .. ':id:' .. o.id end
 local function put(o, undo)
@@ -289,10 +302,7 @@ main = all[1]
 local beat, meta = key(main, 'beat'), main.base .. ':meta'
 for name in pairs(dead) do redis.call('ZADD', beat, 0, name) end
 local fresh = redis.call('ZADD', beat, now, main.me)
-if age > 0 then
-  local n = redis.call('XTRIM', main.stream, 'MINID', '=', now - age)
-  if n > 0 and main.queue then redis.call('HINCRBY', meta, 'trimmed', n) end
-end
+trim_old(main.stream, main.base, age, main.queue)
 local g = groups(main.stream)[main.group]
 if g then redis.call('HSET', meta, 'position/' .. main.group, g['last-delivered-id']) end
 
