@@ -75,7 +75,7 @@ def without(mechanism: str) -> None:
     if mechanism == "crash count":
         policy.on_crash = lambda history, ended, only_one: history  # type: ignore[assignment]
     elif mechanism == "suspects run alone":
-        policy.on_crash = lambda history, ended, only_one: on_crash(history, ended, True)  # type: ignore[assignment]
+        policy.on_crash = lambda history, ended, only_one: replace(on_crash(history, ended, True), alone=False)
     elif mechanism == "settling after the handler":
         start = Attempt.start
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 
@@ -28,7 +29,8 @@ class NatsDriver(ServerDriver):
     def without(self, mechanism: str, monkeypatch: pytest.MonkeyPatch) -> str:
         match mechanism:
             case "renewal":
-                monkeypatch.setattr(NatsConsumer, "_remind", lambda self: None)
+                never_due = property(lambda self: math.inf, lambda self, when: None)
+                monkeypatch.setattr(NatsConsumer, "_extended", never_due, raising=False)
             case "fencing":
                 return "a late ack cannot be refused here: ids carry the promise"
             case _:
