@@ -47,6 +47,8 @@ _REFUSED = (
 TOO_LARGE = (KafkaError.MSG_SIZE_TOO_LARGE, KafkaError.INVALID_MSG_SIZE)
 
 log = logging.getLogger("orchestrator.kafka")
+# The client repeats each second that it cannot connect; Sink.trouble says it once.
+log.addFilter(lambda record: not record.getMessage().startswith("FAIL "))
 
 
 # --- names ----------------------------------------------------------------------------------------------------

@@ -117,9 +117,10 @@ class KafkaConnection(Connection):
         polling = {
             "group.id": subscription.group,
             "group.instance.id": owner,
+            "client.id": f"{owner}#{uuid.uuid4().hex[:8]}",  # tells us from a successor in the same slot
             "partition.assignment.strategy": "cooperative-sticky",
             "session.timeout.ms": int(consuming.LEASE * 1000),
-            "heartbeat.interval.ms": int(consuming.LEASE * 250),
+            "heartbeat.interval.ms": 500,  # also how soon a member hears that another has come
             "max.poll.interval.ms": int(max(300.0, 2 * timeout) * 1000),
         }
         moving = {
@@ -130,7 +131,7 @@ class KafkaConnection(Connection):
             "socket.timeout.ms": int(consuming.LEASE * 1000),
         }
         settings = Settings(
-            consumer=polling | self._config,
+            consumer=self._config | polling | dict(self._broker.client),
             transactions=self._config | moving,
             topic=channel.address,
             retry=client.retry_topic(subscription),
@@ -199,9 +200,16 @@ class KafkaConnection(Connection):
         dead_letters: bool = False,
     ) -> AsyncIterator[Stored]:
         removed = await self._removed(channel.address)
+        known: set[str] = set()
         async for message in self._read(channel.address, await self._from(channel.address, start), follow=follow):
             stored = _stored(message)
-            if stored.position in removed or ("dlq-agent" in stored.headers) != dead_letters:
+            if ("dlq-agent" in stored.headers) != dead_letters:
+                continue
+            if dead_letters and (name := client.readable(message.headers()).get(client.EVENT_ID)):
+                if name in known:
+                    continue  # written before a crash, and once more after it
+                known.add(name)
+            if stored.position in removed:
                 continue
             if not events or (stored.event_type and any(matches(p, stored.event_type) for p in events)):
                 yield stored

@@ -18,6 +18,8 @@ from orchestrator.topology.model import Subscription
 LEASE = 6.0
 #: How long `recover` waits to be given its partitions; a group that is being rebalanced takes a few seconds.
 _ASSIGNMENT = 15.0
+#: How long `open` does. A member that must hand something over to us may have to wait for its handlers first.
+_JOINING = 2.0
 
 
 class Healer(Protocol):
@@ -48,6 +50,7 @@ class KafkaConsumer(Consumer):
         self._reader = Reader(self._settings, self._loop, self, opened)
         self._reader.start()
         await opened
+        await self._has_joined(_JOINING)
 
     def demand(self, free: int) -> None:
         self._thread.demand(free)
@@ -95,9 +98,7 @@ class KafkaConsumer(Consumer):
         self._thread.call(self._thread.release, [d for d in deliveries if isinstance(d, KafkaDelivery)])
 
     async def recover(self, left: Sequence[Left]) -> None:
-        try:
-            await asyncio.wait_for(self._assigned.wait(), _ASSIGNMENT)
-        except TimeoutError:
+        if not await self._has_joined(_ASSIGNMENT):
             return  # nothing is ours now; who has it suspects an unclean end by itself
         bases = await self._ask(self._thread.bases, [json.loads(one.token) for one in left])
         stored = []
@@ -169,6 +170,13 @@ class KafkaConsumer(Consumer):
         if self._reader is None:
             raise BrokerUnavailable("the consumer is not open", hint="await open() first")
         return self._reader
+
+    async def _has_joined(self, patience: float) -> bool:
+        try:
+            await asyncio.wait_for(self._assigned.wait(), patience)
+        except TimeoutError:
+            return False
+        return True
 
     async def _ask(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Runs `function` in the reader's thread and returns what it returns."""

@@ -144,26 +144,16 @@ class Reader(threading.Thread):
 
     def run(self) -> None:
         try:
-            self._consumer = RawConsumer(
-                client.for_consumer(
-                    self._set.consumer,
-                    error_cb=self._on_error,
-                    on_commit=self._on_commit,
-                )
-            )
-        except KafkaException as error:
-            self._fail(client.translate(error, "opening the consumer"))
-            return
-        try:
-            self._start()
+            self._consumer = self._open()
         except (KafkaException, BrokerError) as error:
-            self._consumer.close()
             self._fail(client.translate(error, f"reading {self._set.topic}"))
             return
         self.post(lambda: settle(self._opened, None))
         while not self._stopping:
             try:
                 self._turn()
+                if self._fenced:
+                    self._return()
             except Exception as error:  # shown by `status`, and tried again: a dead thread would be silence
                 client.log.exception("the consumer of %s stumbled", self._set.topic)
                 self._say(f"{type(error).__name__}: {error}")
@@ -172,28 +162,50 @@ class Reader(threading.Thread):
         self._finish()
         self._flush()
 
-    def _start(self) -> None:
-        for topic in (self._set.topic, self._set.retry):
-            found = self._consumer.list_topics(topic, timeout=5).topics.get(topic)
-            if found is None or found.error is not None:
-                raise ResourceMissing(f"the topic {topic} does not exist", hint="run `orchestrator apply`")
-        everything = [TopicPartition(self._set.topic, n) for n in self._partitions(self._set.topic)]
-        if all(tp.offset < 0 for tp in self._consumer.committed(everything, timeout=5)):
-            raise ResourceMissing(
-                f"the group {self._set.group} has no position in {self._set.topic}", hint="run `orchestrator apply`"
-            )
-        self._transactions()
-        self._consumer.subscribe(
+    def _open(self) -> RawConsumer:
+        callbacks = {"error_cb": self._on_error, "on_commit": self._on_commit}
+        consumer = RawConsumer(client.for_consumer(self._set.consumer, **callbacks))
+        try:
+            everything = [TopicPartition(self._set.topic, n) for n in _partitions(consumer, self._set.topic)]
+            _partitions(consumer, self._set.retry)
+            if all(tp.offset < 0 for tp in consumer.committed(everything, timeout=5)):
+                raise ResourceMissing(
+                    f"the group {self._set.group} has no position in {self._set.topic}", hint="run `orchestrator apply`"
+                )
+            self._transactions()
+        except (KafkaException, BrokerError):
+            consumer.close()
+            raise
+        consumer.subscribe(
             [self._set.topic, self._set.retry],
             on_assign=self._on_assign,
             on_revoke=self._on_revoke,
             on_lost=self._on_lost,
         )
+        return consumer
 
-    def _partitions(self, topic: str) -> list[int]:
-        return sorted(self._consumer.list_topics(topic, timeout=5).topics[topic].partitions)
+    def _return(self) -> None:
+        """Fenced: either a successor has our name, or a broker that was away mistook an old request of ours for
+        another's. Only in the second case we join again; a successor is left alone while it lives."""
+        self._run_commands()
+        if time.monotonic() < self._probe_at:
+            time.sleep(0.05)
+            return
+        self._probe_at = time.monotonic() + _PROBE
+        admin = client.admin_api.AdminClient(client.for_admin(self._set.consumer))
+        members = admin.describe_consumer_groups([self._set.group])[self._set.group].result(5).members
+        ours = self._set.consumer["client.id"]
+        if any(m.group_instance_id == self._set.owner and m.client_id != ours for m in members):
+            return
+        self._consumer.close()
+        self._stale, self._committing = 0, None
+        self._consumer = self._open()
+        self._fenced = False
+        self._say(None)
 
     def _turn(self) -> None:
+        if self._fenced:
+            return
         worked = self._run_commands()
         if self._moves and self._committing is None and time.monotonic() >= self._move_after:
             self._transact()
@@ -602,14 +614,14 @@ class Reader(threading.Thread):
         start: list[TopicPartition] = []
         for tp in self._patiently(lambda: consumer.committed(partitions, timeout=5)) if partitions else []:
             low, high = self._patiently(partial(consumer.get_watermark_offsets, tp, timeout=5))
-            ledger = self._open(tp, low, high)
+            ledger = self._ledger_at(tp, low, high)
             self._ledgers[tp.topic, tp.partition] = ledger
             start.append(TopicPartition(tp.topic, tp.partition, ledger.low))
         consumer.incremental_assign(start)
         self._paused = False
         self.post(self._owner.assigned)
 
-    def _open(self, tp: TopicPartition, low: int, high: int) -> Ledger[KafkaDelivery]:
+    def _ledger_at(self, tp: TopicPartition, low: int, high: int) -> Ledger[KafkaDelivery]:
         """The ledger of a partition that begins at `low`. A position that has no record any more is decided aloud."""
         metadata, at = tp.metadata or "", tp.offset
         lost = 0
@@ -783,6 +795,14 @@ class Reader(threading.Thread):
         self._drop(list(self._ledgers.values()))
         for move in self._moves:
             self._dones.append((move.done, BrokerUnavailable("the consumer is closed")))
+
+
+def _partitions(consumer: RawConsumer, topic: str) -> list[int]:
+    """Raises ResourceMissing when there is no such topic."""
+    found = consumer.list_topics(topic, timeout=5).topics.get(topic)
+    if found is None or found.error is not None:
+        raise ResourceMissing(f"the topic {topic} does not exist", hint="run `orchestrator apply`")
+    return sorted(found.partitions)
 
 
 def settle(future: asyncio.Future[None], error: BaseException | None) -> None:
