@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,16 +11,8 @@ import pytest
 from .drivers import Driver, driver_class
 from .rig import Rig
 
-
-def _ready(kind: str) -> bool:
-    """Whether the broker has an adapter."""
-    try:
-        return hasattr(importlib.import_module(f"orchestrator.brokers.{kind}"), "adapter")
-    except ImportError:
-        return False
-
-
-BROKERS = [kind for kind in ("memory", "nats", "redis", "kafka") if _ready(kind)]
+#: Every adapter of the package. A machine without one of the servers skips that column loudly; in CI it fails.
+BROKERS = ["memory", "nats", "redis", "kafka"]
 
 #: Fixture of tests/conftest.py that gives each broker's server; memory has none.
 SERVERS = {"nats": "nats_server", "redis": "redis_server", "kafka": "kafka_server"}
