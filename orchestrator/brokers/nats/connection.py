@@ -14,9 +14,10 @@ from orchestrator.brokers.base import (
     Verdict,
 )
 from orchestrator.brokers.nats import embedded, resources
-from orchestrator.brokers.nats.client import Json, Link, open_link
+from orchestrator.brokers.nats.client import Json, Link
 from orchestrator.brokers.nats.consumer import NatsConsumer
 from orchestrator.brokers.nats.delivery import public_headers
+from orchestrator.brokers.nats.opening import open_link
 from orchestrator.brokers.nats.operate import Operations
 from orchestrator.brokers.nats.producer import NatsProducer, Publisher
 from orchestrator.brokers.nats.relay import Relay
