@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -220,26 +218,6 @@ def test_an_apply_killed_between_operations_is_finished_by_the_next(folder: Fold
     assert {o["action"] for o in missing} == {"create"}
     folder.ok("apply", "--yes", "--no-workers")
     assert folder.run("plan", "--exit-code").code == 0
-
-
-def test_the_lock_names_its_holder(folder: Folder, tmp_path: Path) -> None:
-    script = (
-        "import asyncio, sys\nfrom pathlib import Path\nfrom orchestrator.reconcile.lock import apply_lock\n"
-        "async def main():\n    async with apply_lock(Path('.orchestrator')):\n"
-        "        print('held', flush=True)\n        sys.stdin.read()\nasyncio.run(main())\n"
-    )
-    holder = subprocess.Popen(
-        [sys.executable, "-c", script], cwd=folder.path, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert holder.stdout is not None
-    assert holder.stdout.readline() == "held\n"
-    try:
-        said = folder.refused("apply", "--yes", "--no-workers")
-        assert f"process {holder.pid}" in said
-    finally:
-        holder.communicate()
-    folder.ok("apply", "--yes", "--no-workers")
-    assert os.stat(folder.path / ".orchestrator").st_mode & 0o777 == 0o700
 
 
 def test_a_port_that_something_else_has_taken_is_no_broker(folder: Folder) -> None:
