@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from orchestrator.worker.port import Port
     from orchestrator.worker.runtime import Runtime
 
+_GATHER = 0.001  # seconds to wait for more free slots
+
 
 def records(agent: Agent) -> int:
     """How many events can be in this worker's hands, waiting ones included: the size of its journal. With several
@@ -39,6 +41,7 @@ class Slots:
         self.attempts: list[Attempt | None] = [None] * size
         self._runtime = runtime
         self._concurrency = runtime.agent.concurrency
+        self._enough = runtime.agent.concurrency // 2  # free slots that are worth a request at once
         self._free = list(range(size))
         self._waiting: deque[Attempt] = deque()
         self._alone: Attempt | None = None
@@ -167,9 +170,14 @@ class Slots:
     # --- demand -----------------------------------------------------------------------------------------------
 
     def demand_later(self) -> None:
-        """Once for each turn of the loop, however many events came and went in it."""
-        if not self._demand_due:
-            self._demand_due = True
+        """Once for each turn of the loop, however many events came and went in it. While most slots are taken it waits
+        a moment for more to become free: one request for many events costs broker and worker far less than many."""
+        if self._demand_due:
+            return
+        self._demand_due = True
+        if self._concurrency - self.taken < self._enough:
+            self._runtime.loop.call_later(_GATHER, self.tell_demand)
+        else:
             self._runtime.loop.call_soon(self.tell_demand)
 
     def tell_demand(self) -> None:
