@@ -172,7 +172,8 @@ class Resources:
         waiting, exact, first = await self._unread(stream, last, known.get("lag"), events)
         pending, oldest = known["pending"], [first] if first else []
         if pending:
-            oldest.append((await self._link.call(stream, "XPENDING", stream, group))[1].decode())
+            if (first_pending := (await self._link.call(stream, "XPENDING", stream, group))[1]) is not None:
+                oldest.append(first_pending.decode())  # it may have been settled meanwhile
         delayed = await self._link.call(stream, "ZCARD", main.key("due"))
         again = (await self.groups(inbox.stream)).get(group)
         if again is not None:
