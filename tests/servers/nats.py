@@ -12,6 +12,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import psutil
+
 
 def find_binary() -> str | None:
     """The server that the package would embed."""
@@ -78,7 +80,10 @@ class NatsServer:
         self._end(signal.SIGKILL)
 
     def pause(self) -> None:
+        """SIGSTOP; returns when every thread has stopped."""
         os.kill(self.pid, signal.SIGSTOP)
+        while psutil.Process(self.pid).status() != psutil.STATUS_STOPPED:
+            time.sleep(0.001)
 
     def resume(self) -> None:
         os.kill(self.pid, signal.SIGCONT)

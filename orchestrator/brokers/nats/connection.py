@@ -126,9 +126,11 @@ class NatsConnection(Operations):
 
     async def _make(self, stream: str) -> None:
         wanted = self.wanted.get(stream)
-        if wanted is None or wanted.external:
+        if wanted is None:
+            raise ResourceMissing(f"stream {stream} does not exist", hint="run `orchestrator apply`")
+        if wanted.external:
             raise ResourceMissing(
-                f"stream {stream} was deleted", hint="it is external: create it again where it is kept"
+                f"the external stream {stream} does not exist or was deleted", hint="create it where it is kept"
             )
         await self.resources.create(wanted)
 

@@ -81,14 +81,17 @@ def desired(topology: Topology, broker: Broker) -> list[Desired]:
         for subscription in agent.subscriptions
         if subscription.broker == broker.name
     ]
+    replicas = max((c.replication for c in channels.values()), default=1)
+    internal: dict[str, dict[str, Setting]] = {}
     if subscriptions:
-        replicas = max((c.replication for c in channels.values()), default=1)
-        for name, settings in (
-            (names.state, _state_settings(names, replicas)),
-            (names.inbox, _inbox_settings(names, replicas)),
-            (names.later, _later_settings(names, replicas)),
-        ):
-            found.append(Desired(ResourceId(broker.name, "internal", name), settings, where=("brokers", broker.name)))
+        internal[names.state] = _state_settings(names, replicas)
+        internal[names.inbox] = _inbox_settings(names, replicas)
+    if subscriptions or any(not channel.external for channel in channels.values()):
+        internal[names.later] = _later_settings(names, replicas)
+    found += [
+        Desired(ResourceId(broker.name, "internal", name), settings, where=("brokers", broker.name))
+        for name, settings in internal.items()
+    ]
     for agent, subscription in subscriptions:
         channel = channels[subscription.channel]
         where = ("agents", agent.name, "subscribe")
