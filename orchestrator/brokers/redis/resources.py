@@ -171,9 +171,8 @@ class Resources:
         last = known["last-delivered-id"].decode()
         waiting, exact, first = await self._unread(stream, last, known.get("lag"), events)
         pending, oldest = known["pending"], [first] if first else []
-        if pending:
-            if (first_pending := (await self._link.call(stream, "XPENDING", stream, group))[1]) is not None:
-                oldest.append(first_pending.decode())  # it may have been settled meanwhile
+        if pending and (place := (await self._link.call(stream, "XPENDING", stream, group))[1]) is not None:
+            oldest.append(place.decode())  # (None: all was settled meanwhile)
         delayed = await self._link.call(stream, "ZCARD", main.key("due"))
         again = (await self.groups(inbox.stream)).get(group)
         if again is not None:
