@@ -44,12 +44,14 @@ async def work(event: AgentEvent, ctx: Context) -> dict[str, Any] | None:
         note(event, ctx, "finished")
         return {"number": number}
     await ctx.publish("agent.done", {"number": number})
-    if do in ("die between publishes", "die after publishes"):
+    if do == "die between publishes":
         await asyncio.sleep(0.3)  # long enough for what was handed over to be sent and confirmed
-        if do == "die between publishes":
-            die_once(number)
+        die_once(number)
     elif do == "slow":
         await asyncio.sleep(0.2)
     await ctx.publish("agent.second", {"number": number})
+    if do == "die after publishes":
+        await asyncio.sleep(0.3)
+        die_once(number)
     note(event, ctx, "finished")
     return None

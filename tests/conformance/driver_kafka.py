@@ -23,6 +23,8 @@ class KafkaDriver(ServerDriver):
     lease_constants = ("orchestrator.brokers.kafka.consumer:LEASE",)
     short_lease = 2.0
     too_large = 1_048_588 + 1  # the broker's message.max.bytes
+    exclusive = "a partition belongs to one replica: what it could read no other gets"
+    long_lease = 40.0  # the broker allows no session without end
     undeletable = "a group that is being read cannot be deleted on Kafka"
 
     @property
@@ -34,7 +36,7 @@ class KafkaDriver(ServerDriver):
 
     def without(self, mechanism: str, monkeypatch: pytest.MonkeyPatch) -> str:
         match mechanism:
-            case "renewal":
+            case "renewal" | "guardian":
                 return "the client's own thread keeps the partitions"
             case "fencing":
                 return "the broker itself refuses a member of an old generation"

@@ -26,7 +26,9 @@ class MemoryDriver:
     short_lease = 0.6
     too_large: int | None = 1024 * 1024 + 1
     processes = False
+    exclusive = ""
     undeletable = ""
+    long_lease = 3600.0
 
     def __init__(self, server: None) -> None:
         self.url = f"memory://{uuid.uuid4().hex}"
@@ -42,6 +44,8 @@ class MemoryDriver:
         match mechanism:
             case "renewal":
                 monkeypatch.setattr(MemoryConsumer, "_renew", MemoryConsumer.keep_alive)
+            case "guardian":
+                return "one process and one loop: while it is blocked nobody could take anything"
             case "fencing":
                 monkeypatch.setattr(MemoryConsumer, "_owns", lambda self, delivery, group: True)
             case _:

@@ -20,7 +20,7 @@ from .drivers import ServerDriver
 
 class NatsDriver(ServerDriver):
     kind = "nats"
-    lease_constants = ("orchestrator.brokers.nats.resources:ACK_WAIT", "orchestrator.brokers.nats.consumer:ACK_WAIT")
+    lease_constants = ("orchestrator.brokers.nats.resources:ACK_WAIT", "orchestrator.brokers.nats.streams:ACK_WAIT")
     too_large = 1024 * 1024 + 1  # the server's max_payload
 
     def address(self, topology: str, channel: str) -> str:
@@ -31,6 +31,8 @@ class NatsDriver(ServerDriver):
             case "renewal":
                 never_due = property(lambda self: math.inf, lambda self, when: None)
                 monkeypatch.setattr(NatsConsumer, "_extended", never_due, raising=False)
+            case "guardian":
+                monkeypatch.setattr(NatsConsumer, "keep_alive", lambda self: None)
             case "fencing":
                 return "a late ack cannot be refused here: ids carry the promise"
             case _:

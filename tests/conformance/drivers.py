@@ -33,9 +33,11 @@ class Driver(Protocol):
     client: Mapping[str, Any]  # raw client options of the topology's broker
     lease_constants: tuple[str, ...]  # "module:NAME" of each name that holds the adapter's lease in seconds
     carried: tuple[str, ...]  # more such names, whose values (patched ones too) victims get to know
+    long_lease: float  # as good as for ever, in a test
     short_lease: float  # to which the takeover tests may shorten it
     too_large: int | None  # a body of so many bytes is refused; None: this broker takes whatever we can try
     processes: bool  # consumers may live in processes of their own
+    exclusive: str  # why what one replica could read goes to no other meanwhile; "" when it does
     undeletable: str  # why a subscription cannot be deleted while it is read; "" when it can
 
     @property
@@ -47,8 +49,9 @@ class Driver(Protocol):
         """The test is over; the server goes on to the next."""
 
     def without(self, mechanism: str, monkeypatch: pytest.MonkeyPatch) -> str:
-        """Takes a mechanism of this adapter out for the test: renewal (of leases, while the loop runs), fencing (of a
-        late settlement), watermark (settled out of order). "" when done, else why this broker has none to take."""
+        """Takes a mechanism of this adapter out for the test: renewal (of leases, while the loop runs), guardian
+        (keep_alive, while it is blocked), fencing (of a late settlement), watermark (settled out of order). "" when
+        done, else why this broker has none to take."""
 
     async def kill_server(self) -> None:
         """As SIGKILL: nothing is said to anyone."""
@@ -82,7 +85,9 @@ class ServerDriver:
     carried: tuple[str, ...] = ()
     too_large: int | None = None
     processes = True
+    exclusive = ""
     undeletable = ""
+    long_lease = 3600.0
     short_lease = 1.0
 
     def __init__(self, server: Server) -> None:

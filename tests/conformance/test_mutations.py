@@ -167,16 +167,8 @@ async def test_fetching_more_than_was_asked_for_is_noticed(rig: Rig, monkeypatch
 async def test_a_lease_that_never_ends_is_noticed(rig: Rig, monkeypatch: Patch) -> None:
     """Takeover: what a killed worker held stays with it."""
     for constant in rig.driver.lease_constants:
-        monkeypatch.setattr(constant.replace(":", "."), 3600.0 if rig.kind != "kafka" else 40.0)
+        monkeypatch.setattr(constant.replace(":", "."), rig.driver.long_lease)
     await expect_red(test_takeover.test_what_a_killed_worker_held_goes_to_another, rig, 0.1)
-
-
-async def test_a_guardian_without_effect_is_noticed(rig: Rig, short_lease: float, monkeypatch: Patch) -> None:
-    if rig.kind == "kafka":
-        pytest.skip("the client's own threads keep a partition: there is nothing for keep_alive to do")
-    _, consumer, _ = await parts(rig)
-    monkeypatch.setattr(consumer, "keep_alive", lambda self: None)
-    await expect_red(test_takeover.test_keep_alive_holds_the_lease_while_the_loop_is_blocked, rig, short_lease)
 
 
 async def test_a_journal_that_is_not_told_to_the_broker_is_noticed(rig: Rig, monkeypatch: Patch) -> None:
@@ -192,6 +184,7 @@ async def test_a_journal_that_is_not_told_to_the_broker_is_noticed(rig: Rig, mon
 
 MECHANISMS: dict[str, Check] = {
     "renewal": test_takeover.test_a_long_handler_keeps_its_event,
+    "guardian": test_takeover.test_keep_alive_holds_the_lease_while_the_loop_is_blocked,
     "fencing": test_takeover.test_a_zombies_late_settlement_is_refused_or_harmless,
     "watermark": test_settle.test_events_settled_out_of_order_leave_exactly_the_others,
 }

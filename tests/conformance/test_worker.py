@@ -123,6 +123,7 @@ async def test_a_worker_killed_inside_the_handler_loses_nothing(rig: Rig, do: st
         await lab.send(*[event(lab, n, do if n == 5 else "") for n in range(12)])
         async with Crew(lab) as crew:
             await done(lab, crew)
+            assert crew.ends == [1], "it was not killed once"
             assert crew.finished() == set(range(12))
             # The rerun published the same, under the same ids: nothing is doubled within the window.
             if rig.capabilities.publish_dedup:
