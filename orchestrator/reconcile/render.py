@@ -5,8 +5,7 @@ Stable line by line, so that a plan reads well in a diff and golden tests can co
 
 from __future__ import annotations
 
-import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from orchestrator.brokers.base import Setting
 from orchestrator.reconcile.plan import Action, Operation, Plan
@@ -14,6 +13,8 @@ from orchestrator.reconcile.planner import holding
 from orchestrator.topology.model import Mark
 
 _INDENT = " " * 12
+_WIDTH = 110  # of a created resource's settings: one line, the rest is for `-o json`
+_MORE = "…"
 _SIGNS = {
     Action.CREATE: "+",
     Action.UPDATE: "~",
@@ -44,8 +45,7 @@ def text(plan: Plan, *, color: bool = False) -> str:
     """For a terminal or a log; ends with a newline. Secrets are redacted."""
     lines = [f"{plan.topology} (revision {plan.revision})"]
     lines += [f"  broker {line}" for line in _brokers(plan)]
-    for operation in plan.operations:
-        lines += ["", *_operation(operation, color)]
+    lines += _operations(plan.operations, color)
     if plan.workers:
         lines.append("")
     for step in plan.workers:
@@ -107,26 +107,58 @@ def line(operation: Operation) -> str:
     return f"{_SIGNS[operation.action]} {operation.action:<7} {operation.resource}"
 
 
+def _operations(operations: Sequence[Operation], color: bool) -> Iterable[str]:
+    """Created resources close together, since there is nothing to weigh; everything else stands apart."""
+    lines: list[str] = []
+    before: Action | None = None
+    for operation in operations:
+        if not (before is operation.action is Action.CREATE):
+            lines.append("")
+        before = operation.action
+        lines += _created(operation, color) if before is Action.CREATE else _operation(operation, color)
+    if any(line.endswith(_MORE) for line in lines):
+        lines += ["", f"  {_MORE} -o json prints every setting"]
+    return lines
+
+
+def _created(operation: Operation, color: bool) -> Iterable[str]:
+    place = f", {operation.mark}" if operation.mark else ""
+    yield f"  {_head(operation, color)}   {operation.cause}{place}"
+    if operation.resource.kind == "internal":
+        return  # ours alone: nobody chose its settings
+    shown: list[str] = []
+    width = len(_INDENT)
+    for part in (f"{c.setting}: {_value(c.new)}" for c in operation.changes if _says_something(c.new)):
+        if shown and width + len(part) + 2 > _WIDTH:
+            shown.append(_MORE)
+            break
+        shown.append(part)
+        width += len(part) + 2
+    if shown:
+        yield f"{_INDENT}{', '.join(shown)}"
+
+
+def _says_something(value: Setting) -> bool:
+    """Brokers write "no limit" and "not set" as -1, 0, empty or false."""
+    return value not in (None, -1, 0, "", ())
+
+
 def _operation(operation: Operation, color: bool) -> Iterable[str]:
-    head = f"{_SIGNS[operation.action]} {operation.action:<7} {operation.resource}"
-    if color:
-        head = f"\x1b[{_COLORS[operation.action]}m{head}\x1b[0m"
-    yield f"  {head}{_at(operation.mark)}"
+    yield f"  {_head(operation, color)}{_at(operation.mark)}"
     yield f"{_INDENT}{operation.cause}"
-    if operation.action is Action.CREATE:
-        settings = ", ".join(f"{c.setting}: {_value(c.new)}" for c in operation.changes if c.new is not None)
-        yield from textwrap.wrap(
-            settings, 110, initial_indent=_INDENT, subsequent_indent=_INDENT, break_on_hyphens=False
-        )
-    else:
-        for change in operation.changes:
-            yield f"{_INDENT}{change.setting}: {_value(change.old)} -> {_value(change.new)}"
+    for change in operation.changes:
+        yield f"{_INDENT}{change.setting}: {_value(change.old)} -> {_value(change.new)}"
     if operation.loses:
         yield f"{_INDENT}loses {operation.loses}"
     if operation.events and operation.loses != holding(operation):
         yield f"{_INDENT}holds {holding(operation)}"
     if operation.hint:
         yield f"{_INDENT}{operation.hint}"
+
+
+def _head(operation: Operation, color: bool) -> str:
+    head = f"{_SIGNS[operation.action]} {operation.action:<7} {operation.resource}"
+    return f"\x1b[{_COLORS[operation.action]}m{head}\x1b[0m" if color else head
 
 
 def _brokers(plan: Plan) -> Iterable[str]:

@@ -96,6 +96,14 @@ def golden(name: str, result: str) -> None:
 
 CASES: Mapping[str, Plan] = {
     "create": made([channel(max_age=60, subjects=("task.*",)), subscription(ack_wait=30)], []),
+    "create-many": made(
+        [
+            channel(subjects=("task.*",), max_age=0, max_msgs=-1, replicas=3, **{f"setting_{n}": n for n in range(9)}),
+            Desired(ResourceId("main", "internal", "press-state"), {"storage": "file"}, where=("brokers", "main")),
+            subscription(ack_wait=30, max_deliver=-1),
+        ],
+        [],
+    ),
     "nothing": made([channel(max_age=60)], [there(channel(max_age=60), events=4)]),
     "change-in-place": made([channel(max_age=90)], [there(channel(max_age=60), events=4)]),
     "shrink-refused": made([channel(max_age=30)], [there(channel(max_age=60), events=1204)]),
