@@ -116,7 +116,9 @@ def validate(
         console.data(loaded.show())
     else:
         t = loaded.topology
-        console.data(f"{t.name}: valid ({len(t.agents)} agents, {len(t.channels)} channels, {len(t.brokers)} brokers)")
+        counts = (("agent", t.agents), ("channel", t.channels), ("broker", t.brokers))
+        parts = [f"{len(found)} {word}{'' if len(found) == 1 else 's'}" for word, found in counts]
+        console.data(f"{t.name}: valid ({', '.join(parts)})")
 
 
 def graph(

@@ -54,7 +54,8 @@ async def _follow(
     complain: Complain,
 ) -> None:
     await supervisor.started()
-    listener.say(f"watching {len(topology.files)} topology files and the handlers' code; Ctrl-C stops")
+    files = topology.files[0].name if len(topology.files) == 1 else f"{len(topology.files)} topology files"
+    listener.say(f"watching {files} and the handlers' code; Ctrl-C stops")
     async for change in watcher.changes():
         try:
             topology = await _edit(supervisor, watcher, topology, change, load, consent, listener)

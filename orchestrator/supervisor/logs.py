@@ -119,7 +119,8 @@ class LogSink:
 
 
 class Painter:
-    """A record as one line for people, like `research.0 | 12:00:01 warning cannot look it up attempt=2`."""
+    """A record for people, like `research.0 | 12:00:01 warning cannot look it up attempt=2`: one line, and what has
+    lines of its own (a traceback) below it."""
 
     def __init__(self, color: bool) -> None:
         self._color = color
@@ -132,13 +133,15 @@ class Painter:
     def paint(self, record: Record) -> str:
         agent, slot, level = record["agent"], record.get("slot"), str(record.get("level", "info"))
         name = agent if slot is None else f"{agent}.{slot}"
-        rest = " ".join(
-            f"{key}={_plain(value)}" for key, value in record.items() if key not in _KNOWN and key != "about"
-        )
+        more = {key: value for key, value in record.items() if key not in _KNOWN and key != "about"}
+        blocks = [value for value in more.values() if isinstance(value, str) and "\n" in value]
+        rest = " ".join(f"{key}={_plain(value)}" for key, value in more.items() if value not in blocks)
         moment = str(record.get("ts", ""))[11:19]
         prefix = self._paint(self._agent_color(agent), f"{name:<{self._width}} |")
         shown = "" if level == "info" else self._paint(_LEVELS.get(level, 2), level) + " "
-        return f"{prefix} {self._paint(2, moment)} {shown}{record.get('event', '')}" + (f" {rest}" if rest else "")
+        below = "".join(f"\n{prefix}   {line}" for block in blocks for line in block.rstrip().splitlines())
+        head = f"{prefix} {self._paint(2, moment)} {shown}{record.get('event', '')}"
+        return head + (f" {rest}" if rest else "") + below
 
     def _agent_color(self, agent: str) -> int:
         if agent == SUPERVISOR:

@@ -46,6 +46,13 @@ def test_text_for_people_json_for_programs(team):
     assert records[3]["event"] == "{broken"
 
 
+def test_a_traceback_is_shown_line_by_line():
+    record = {"ts": "", "agent": "a", "slot": 0, "event": "failed", "traceback": "Trace:\n  File x\nError\n", "n": 1}
+    shown = Painter(color=False).paint(record).splitlines()
+    assert [line.split("|")[1].strip() for line in shown] == ["failed n=1", "Trace:", "File x", "Error"]
+    assert all(line.startswith("a.0        |") for line in shown)
+
+
 @pytest.mark.parametrize(
     ("stream", "no_color", "colored"), [(Terminal(), "", True), (Terminal(), "1", False), (io.StringIO(), "", False)]
 )
