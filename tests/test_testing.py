@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import sys
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -242,21 +244,16 @@ async def test_an_agent_that_pauses_itself_is_not_waited_for(topology: Write) ->
         assert t.dead_letters() == []
 
 
-async def test_agents_that_run_in_circles_are_reported(tmp_path: Path, topology: Write) -> None:
-    async def writing(event: AgentEvent, ctx: Context) -> None:
-        await ctx.publish("agent.started", {})
+async def test_agents_that_run_in_circles_are_reported(topology: Write) -> None:
+    async def again(event: AgentEvent, ctx: Context) -> None:
+        await ctx.publish("agent.started", {}, target_agent="echo" if ctx.agent == "writing" else "writing")
 
-    text = (
-        topology().read_text().replace("subscribe: [agent.completed]", "subscribe: [agent.*]\n    publish: [agent.*]")
-    )
-    (tmp_path / "topology.yaml").write_text(
-        text.replace("  writing:", "  echo:\n    CLONE\n  writing:").replace(
-            "CLONE", "handler: trial_agents:writing\n    subscribe: [agent.*]\n    publish: [agent.*]"
-        )
-    )
-    both = {"writing": writing, "echo": writing}
-    async with TopologyTest(tmp_path / "topology.yaml", handlers=both, patience=1.0) as t:
-        await t.publish("agent.started", {})
+    path = topology()
+    lines = "handler: trial_agents:writing\n    subscribe: [agent.started]\n    publish: [agent.started]"
+    both = f"  writing:\n    {lines}\n  echo:\n    {lines}\n"
+    path.write_text(path.read_text().partition("  writing:")[0] + both)
+    async with TopologyTest(path, handlers={"writing": again, "echo": again}, patience=1.0) as t:
+        await t.publish("agent.started", {}, target_agent="echo")
         with pytest.raises(AssertionError, match="still busy after 1 s"):
             await t.run_until_idle()
 
@@ -284,8 +281,6 @@ async def test_events_trimmed_unread_raise_an_alarm(topology: Write) -> None:
 
 
 async def test_env_is_set_inside_and_gone_afterwards(topology: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    import os
-
     monkeypatch.delenv("TRIAL_DEPTH", raising=False)
     async with TopologyTest(topology('env: {TRIAL_DEPTH: "3"}')):
         assert os.environ["TRIAL_DEPTH"] == "3"
@@ -316,8 +311,7 @@ async def lifespan(ctx):
 """
     )
     async with TopologyTest(path):
-        import trial_agents  # type: ignore[import-not-found]
-
+        trial_agents = sys.modules["trial_agents"]
         assert sorted(trial_agents.events) == ["up research", "up writing"]
     assert sorted(trial_agents.events) == ["down research", "down writing", "up research", "up writing"]
 

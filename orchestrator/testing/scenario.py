@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -88,6 +89,7 @@ class TopologyTest:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="orchestrator-test-")))
             environment = {name: text for agent in self.topology.agents.values() for name, text in agent.env.items()}
             stack.enter_context(mock.patch.dict(os.environ, environment))
+            stack.enter_context(mock.patch.object(sys, "path", list(sys.path)))  # loading handlers adds to it
             loaded = stage.load_handlers(self.topology, self._handlers)
             stack.enter_context(VirtualTime(self._begin))
             self._hubs = stage.hubs(self.topology)
