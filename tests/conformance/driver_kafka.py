@@ -78,16 +78,19 @@ class KafkaDriver(ServerDriver):
         return await asyncio.to_thread(work)
 
     async def outside_create(self, address: str) -> None:
-        await self._wait(self._admin().create_topics([NewTopic(address, 1, 1)]))
+        admin = self._admin()  # it has to outlive the futures
+        await self._wait(admin.create_topics([NewTopic(address, 1, 1)]))
 
     async def outside_exists(self, address: str) -> bool:
         return await asyncio.to_thread(lambda: address in self._admin().list_topics(timeout=15).topics)
 
     async def outside_delete(self, address: str) -> None:
-        await self._wait(self._admin().delete_topics([address]))
+        admin = self._admin()  # it has to outlive the futures
+        await self._wait(admin.delete_topics([address]))
 
     async def outside_delete_subscription(self, channel: Channel, subscription: Subscription) -> None:
-        await self._wait(self._admin().delete_consumer_groups([subscription.group]))
+        admin = self._admin()  # it has to outlive the futures
+        await self._wait(admin.delete_consumer_groups([subscription.group]))
 
     @staticmethod
     async def _wait(futures: Mapping[str, Any]) -> None:
