@@ -81,7 +81,7 @@ def request(
     timeout: Annotated[str, typer.Option("--timeout", help="How long to wait for the reply.")] = "30s",
     output: OutputOption = Output.TEXT,
 ) -> None:
-    """Publish one event and wait for the reply of the agent that handles it."""
+    """Publish one event and wait for the reply of the agent that handles it. Exit code 1 when that says it failed."""
     from orchestrator.operate import publish as operate
     from orchestrator.operate.reading import duration
 
@@ -92,6 +92,12 @@ def request(
         console.data_json({"version": 1, "reply": reply.model_dump(mode="json")})
     else:
         console.data_json(reply.payload)
+    failure = reply.payload.get("error")
+    if reply.payload.keys() == {"error"} and isinstance(failure, dict) and "type" in failure:
+        raise OrchestratorError(
+            f"the request failed: {failure['type']}: {failure.get('message', '')}",
+            hint=f"orchestrator trace {reply.correlation_id} shows what became of it",
+        )
 
 
 def tail(

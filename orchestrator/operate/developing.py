@@ -87,7 +87,7 @@ async def _edit(
             )
         watcher.watch(fresh.root, fresh.files)
         await reconcile(fresh, consent, listener)
-    await supervisor.update(fresh, progress=listener.progress)
+    await supervisor.update(fresh)  # its steps are in the log, which is shown here already
     listener.say("the edit is running")
     return fresh
 

@@ -78,6 +78,13 @@ def test_request_prints_the_reply_and_times_out_with_a_hint(running: Folder) -> 
     assert "not a duration" in running.refused("request", "order.placed", "{}", "--timeout", "soon")
 
 
+def test_a_request_that_failed_prints_the_reply_and_exits_with_1(running: Folder) -> None:
+    failed = running.run("request", "order.placed", '{"item": "glass"}')
+    assert failed.code == 1
+    assert failed.json["error"]["type"] == "ValueError"
+    assert "the request failed: ValueError: too fragile" in failed.err
+
+
 def test_tail_follows_without_disturbing_anyone(applied: Folder, start: Callable[..., Foreground]) -> None:
     applied.ok("publish", "parcel.packed", '{"n": "before"}')
     tail = start("tail", "parcel.*", "-o", "json")

@@ -118,6 +118,7 @@ def test_dev_follows_edits_and_keeps_the_last_good_running(folder: Folder, start
     folder.write("topology.yaml", TOPOLOGY.replace("handler: agents:pack", "handler: agents:pack\n    replicas: 2"))
     dev.wait_for("the edit is running")
     assert agent(folder)["ready"] == 2
+    assert dev.said.count("pack.1 is ready") == 1  # said by the log alone
 
     folder.write("agents.py", "import nonsense_module\n")
     dev.wait_for("what ran before goes on", 2)
