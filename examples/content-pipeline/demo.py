@@ -7,6 +7,7 @@ Exits 1, saying what was missing, when any step does not come true in time.
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import subprocess
@@ -83,6 +84,8 @@ def tell(demo: Demo) -> None:
 
 
 def main() -> int:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # a story in a log or a pipe is told as it happens, too
     folder = Path(tempfile.mkdtemp(prefix="content-pipeline-"))
     for name in ("topology.yaml", "agents.py"):
         shutil.copy(HERE / name, folder / name)
