@@ -35,7 +35,7 @@ admin_api: Any = admin
 _CALLBACKS = ("error_cb", "on_commit")
 _CONSUMER_ONLY = re.compile(r"^(session|heartbeat|max\.poll|fetch|group|queued|auto|isolation|partition)\.")
 _PRODUCER_ONLY = re.compile(r"^(acks|linger\.|batch\.|compression|message\.timeout|queue\.buffering|transaction)")
-_GONE = (KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC, KafkaError._UNKNOWN_PARTITION)
+GONE = (KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC, KafkaError._UNKNOWN_PARTITION)
 _REFUSED = (
     KafkaError.INVALID_RECORD,
     KafkaError.TOPIC_AUTHORIZATION_FAILED,
@@ -177,12 +177,17 @@ def require_safe(message: Outgoing) -> None:
             raise PublishRejected(f"the header name {name!r} cannot be sent", hint="rename the header")
 
 
+def limit_of(size: int) -> int:
+    """What a broker would take of a body that was too large: it does not say, so this is its default, or half."""
+    return min(1_000_000, size // 2)
+
+
 def error_of(error: BaseException) -> KafkaError | None:
     return error.args[0] if isinstance(error, KafkaException) and isinstance(error.args[0], KafkaError) else None
 
 
-def translate(error: KafkaError | BaseException, what: str) -> BrokerError:
-    """The same failure in our own tree."""
+def translate(error: KafkaError | BaseException, what: str, size: int = 0) -> BrokerError:
+    """The same failure in our own tree; `size` is that of the body in question."""
     if isinstance(error, BrokerError):
         return error
     found = error if isinstance(error, KafkaError) else error_of(error)
@@ -190,10 +195,11 @@ def translate(error: KafkaError | BaseException, what: str) -> BrokerError:
         return BrokerError(f"{what}: {error}")
     code, text = found.code(), f"{what}: {found.str()}"
     if code in TOO_LARGE:
-        return PublishRejected(text, hint="make the payload smaller, or raise the topic's max.message.bytes")
+        hint = "make the payload smaller, or raise the topic's max.message.bytes"
+        return PublishRejected(text, hint=hint, limit=limit_of(size))
     if code in _REFUSED:
         return PublishRejected(text, hint="ask the broker's administrator for write access to the topic")
-    if code in _GONE:
+    if code in GONE:
         return ResourceMissing(text, hint="run `orchestrator apply`")
     if code in (KafkaError.SASL_AUTHENTICATION_FAILED, KafkaError._AUTHENTICATION):
         return BrokerUnavailable(text, hint="check the broker's auth: in the topology")
@@ -278,7 +284,8 @@ class KafkaProducer(Producer):
                 continue
             entry = self._pending.pop(number, None)
             if entry is not None:
-                entry[2](None if error is None else translate(error, f"publishing to {entry[0]}"))
+                problem = None if error is None else translate(error, f"publishing to {entry[0]}", len(entry[1].body))
+                entry[2](problem)
         if self.ready:
             self._room.set()
 
@@ -296,11 +303,10 @@ class KafkaProducer(Producer):
 
     async def close(self) -> None:
         """Gives what is queued a few seconds; what is left is reported as unavailable."""
-        deadline = self._loop.time() + 5
-        while self._pending and self._loop.time() < deadline:
-            await asyncio.sleep(0.01)
+        await asyncio.to_thread(self._raw.flush, 5)
         self._closing = True
         await asyncio.to_thread(self._thread.join)
+        self._settle()  # what was reported last
         self._raw.purge(blocking=False)
         for topic, _, done in self._pending.values():
             done(BrokerUnavailable(f"closed before {topic} confirmed", hint="is the broker running and reachable?"))

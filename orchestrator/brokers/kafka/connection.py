@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import uuid
+from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -31,8 +32,10 @@ from orchestrator.brokers.kafka import client
 from orchestrator.brokers.kafka import consumer as consuming
 from orchestrator.brokers.kafka.client import KafkaProducer
 from orchestrator.brokers.kafka.consumer import KafkaConsumer
+from orchestrator.brokers.kafka.desk import settle
+from orchestrator.brokers.kafka.intake import Filter
 from orchestrator.brokers.kafka.ledger import backlog
-from orchestrator.brokers.kafka.reader import Settings, settle
+from orchestrator.brokers.kafka.reader import Settings
 from orchestrator.brokers.kafka.resources import Registry, Resources
 from orchestrator.errors import BrokerUnavailable, ResourceMissing
 from orchestrator.topology.model import Broker, Channel, Subscription, Topology, matches
@@ -40,6 +43,8 @@ from orchestrator.topology.model import Broker, Channel, Subscription, Topology,
 #: How many records `lag` and `count` look at before they answer with an upper bound.
 _LOOK = 20_000
 
+#: How many event ids browse() remembers, to show a repeated one once.
+_KNOWN = 100_000
 #: Milliseconds that a broker holds back the answer that there is nothing (more); short, as somebody waits for it.
 _WAIT = 20
 
@@ -134,13 +139,15 @@ class KafkaConnection(Connection):
             consumer=self._config | polling | dict(self._broker.client),
             transactions=self._config | moving,
             topic=channel.address,
-            retry=client.retry_topic(subscription),
             group=subscription.group,
             owner=owner,
-            channel=channel.name,
-            events=subscription.events,
-            others=channel.events,
-            dedup_window=channel.dedup_window,
+            wanted=Filter(
+                client.retry_topic(subscription),
+                channel.name,
+                subscription.events,
+                channel.events,
+                channel.dedup_window,
+            ),
             handover=timeout,
         )
         consumer = KafkaConsumer(settings, self, subscription)
@@ -154,12 +161,14 @@ class KafkaConnection(Connection):
     async def restore(self, subscription: Subscription) -> str:
         """Makes again what `subscription` needs and somebody deleted; returns its names."""
         address = self._address(subscription)
-        wanted = [address, client.retry_topic(subscription), f"{address}/{subscription.group}"]
+        wanted = [address, client.retry_topic(subscription)]
         desired = [d for d in self._adapter.desired(self._topology, self._broker) if d.id.name in wanted]
         there = {observed.id for observed in await self.observe(desired)}
         missing = [d for d in desired if d.id not in there]
         for one in missing:
             await self.create(one)
+        # The group is in use: its readers put its position themselves, at the beginning.
+        await self._resources.adopt(f"{address}/{subscription.group}", address)
         return ", ".join(str(d.id) for d in missing)
 
     async def replies(self, receive: Callable[[bytes, Mapping[str, str]], None]) -> str:
@@ -200,15 +209,17 @@ class KafkaConnection(Connection):
         dead_letters: bool = False,
     ) -> AsyncIterator[Stored]:
         removed = await self._removed(channel.address)
-        known: set[str] = set()
+        known: OrderedDict[str, float] = OrderedDict()
         async for message in self._read(channel.address, await self._from(channel.address, start), follow=follow):
             stored = _stored(message)
             if ("dlq-agent" in stored.headers) != dead_letters:
                 continue
-            if dead_letters and (name := client.readable(message.headers()).get(client.EVENT_ID)):
-                if name in known:
-                    continue  # written before a crash, and once more after it
-                known.add(name)
+            if (name := client.readable(message.headers()).get(client.EVENT_ID)) is not None:
+                if name in known and (dead_letters or stored.time - known[name] <= channel.dedup_window):
+                    continue  # sent before a crash, and once more after it
+                known.setdefault(name, stored.time)
+                if len(known) > _KNOWN:
+                    known.popitem(last=False)
             if stored.position in removed:
                 continue
             if not events or (stored.event_type and any(matches(p, stored.event_type) for p in events)):

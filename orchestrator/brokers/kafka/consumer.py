@@ -10,7 +10,9 @@ from typing import Any, Protocol
 
 from orchestrator.brokers.base import Consumer, Delivery, Done, Ended, History, Left, Outgoing, Sink
 from orchestrator.brokers.kafka.client import KafkaProducer, require_safe
-from orchestrator.brokers.kafka.reader import KafkaDelivery, Reader, Settings, settle
+from orchestrator.brokers.kafka.desk import settle
+from orchestrator.brokers.kafka.intake import KafkaDelivery
+from orchestrator.brokers.kafka.reader import Reader, Settings
 from orchestrator.errors import BrokerError, BrokerUnavailable, PublishRejected
 from orchestrator.topology.model import Subscription
 
@@ -41,6 +43,7 @@ class KafkaConsumer(Consumer):
         self._producer = healer.shared_producer()
         self._reader: Reader | None = None
         self._healing: asyncio.Task[None] | None = None
+        self._ended = False
 
     async def open(self, sink: Sink) -> None:
         self._sink = sink
@@ -64,9 +67,9 @@ class KafkaConsumer(Consumer):
             done(error)
             return
         if any(output.channel.dead_letters for output in outputs):
-            self._thread.call(self._thread.move, delivery, list(outputs), done)
+            self._call(self._thread.move, delivery, list(outputs), done)
             return
-        finish = partial(self._thread.call, self._thread.finish, delivery, done)
+        finish = partial(self._call, self._thread.finish, delivery, done)
         if not outputs:
             finish()
             return
@@ -88,14 +91,14 @@ class KafkaConsumer(Consumer):
 
     def retry(self, delivery: Delivery, history: History, delay: float, done: Done) -> None:
         assert isinstance(delivery, KafkaDelivery)
-        self._thread.call(self._thread.postpone, delivery, history, delay, done)
+        self._call(self._thread.postpone, delivery, history, delay, done)
 
     def mark(self, delivery: Delivery, history: History, done: Done) -> None:
         assert isinstance(delivery, KafkaDelivery)
-        self._thread.call(self._thread.remember, delivery.place, history, done)
+        self._call(self._thread.remember, delivery.place, history, done)
 
     def release(self, deliveries: Sequence[Delivery]) -> None:
-        self._thread.call(self._thread.release, [d for d in deliveries if isinstance(d, KafkaDelivery)])
+        self._call(self._thread.release, [d for d in deliveries if isinstance(d, KafkaDelivery)])
 
     async def recover(self, left: Sequence[Left]) -> None:
         if not await self._has_joined(_ASSIGNMENT):
@@ -106,7 +109,7 @@ class KafkaConsumer(Consumer):
             if base is not None and one.ended is not Ended.RETURNED:
                 history = self._sink.on_crash(base, one.ended)
                 future: asyncio.Future[None] = self._loop.create_future()
-                self._thread.call(self._thread.remember, place, history, partial(settle, future))
+                self._call(self._thread.remember, place, history, partial(settle, future))
                 stored.append(future)
         await asyncio.gather(*stored)
         await self._ask(self._thread.trust_journal)
@@ -123,7 +126,9 @@ class KafkaConsumer(Consumer):
         if self._reader is not None:
             self._reader.stop()
             await asyncio.to_thread(self._reader.join)
-            await asyncio.sleep(0)  # what the thread posted last
+            self._ended = True
+            self._reader.leftovers()
+            await asyncio.sleep(0)  # what was posted last
         self._healer.ended(self)
 
     # --- called by the reader, in the loop --------------------------------------------------------------------
@@ -161,7 +166,7 @@ class KafkaConsumer(Consumer):
             return
         if made:
             self._sink.alarm(f"{made} was deleted from outside and is made again; what it held is lost")
-        self._thread.call(self._thread.forget_missing)
+        self._thread.call(self._thread.healed)
 
     # ----------------------------------------------------------------------------------------------------------
 
@@ -170,6 +175,11 @@ class KafkaConsumer(Consumer):
         if self._reader is None:
             raise BrokerUnavailable("the consumer is not open", hint="await open() first")
         return self._reader
+
+    def _call(self, function: Callable[..., None], *arguments: Any) -> None:
+        self._thread.call(function, *arguments)
+        if self._ended:
+            self._thread.leftovers()
 
     async def _has_joined(self, patience: float) -> bool:
         try:
@@ -184,7 +194,7 @@ class KafkaConsumer(Consumer):
 
         def run() -> None:
             result = function(*arguments)
-            self._thread.post(lambda: None if future.done() else future.set_result(result))
+            self._thread.answer(lambda: None if future.done() else future.set_result(result))
 
         self._thread.call(run)
         return await future

@@ -35,6 +35,7 @@ api = client.admin_api
 
 _SHAPE = ("num_partitions", "replication_factor")
 _PATIENCE = 10.0
+_TRIES = 200  # 0.05 s apart
 
 
 class Registry:
@@ -216,14 +217,19 @@ class Resources:
 
     async def _appeared(self, name: str) -> Described:
         """Creation is confirmed before every broker knows the topic and has a leader for it."""
-        deadline = asyncio.get_running_loop().time() + _PATIENCE
-        while True:
+        for _ in range(_TRIES):
             found = (await self.describe([name])).get(name)
             if found is not None and found.led:
                 return found
-            if asyncio.get_running_loop().time() > deadline:
-                raise BrokerUnavailable(f"{name} was created, but has no leader", hint="look at the brokers' logs")
             await asyncio.sleep(0.05)
+        raise BrokerUnavailable(f"{name} was created, but has no leader", hint="look at the brokers' logs")
+
+    async def _vanished(self, name: str) -> None:
+        for _ in range(_TRIES):
+            if not await self.describe([name]):
+                return
+            await asyncio.sleep(0.05)
+        raise BrokerUnavailable(f"{name} was deleted, but is still there", hint="look at the brokers' logs")
 
     async def _create_group(self, desired: Desired, start: Start) -> None:
         address, _, group = desired.id.name.partition("/")
@@ -238,6 +244,12 @@ class Resources:
         await asyncio.to_thread(self.registry.write, _key(desired.id), entry)
         if not positions or (known is not None and known.get("retired")):  # one that has a position keeps it
             await self.place(group, address, topic.partitions, start)
+
+    async def adopt(self, name: str, address: str) -> None:
+        """Registers the subscription `name` of a topic that was made again."""
+        topic = (await self.describe([address]))[address]
+        entry = {"owner": self._owner, "id": topic.id}
+        await asyncio.to_thread(self.registry.write, f"subscription:{name}", entry)
 
     async def update(self, desired: Desired, observed: Observed) -> None:
         if desired.id.kind == "subscription":
@@ -277,8 +289,7 @@ class Resources:
             await self.run(gone, f"deleting {group}", KafkaError.GROUP_ID_NOT_FOUND)
         else:
             await self.run(self.admin.delete_topics([name]), f"deleting {name}", KafkaError.UNKNOWN_TOPIC_OR_PART)
-            while await self.describe([name]):
-                await asyncio.sleep(0.05)
+            await self._vanished(name)
         await asyncio.to_thread(self.registry.write, key, None)
 
     async def _require_same(self, observed: Observed) -> bool:
@@ -380,15 +391,13 @@ class Resources:
         return at
 
     async def empty(self, group: str) -> None:
-        """Returns when nobody is in the group: static members stay until their session ends. Raises RefusedError."""
-        deadline = asyncio.get_running_loop().time() + 20
-        while True:
+        """Returns when nobody is in the group; who was killed stays until its session ends. Raises RefusedError."""
+        for _ in range(_TRIES):
             found = await self.run(self.admin.describe_consumer_groups([group]), group, KafkaError.GROUP_ID_NOT_FOUND)
             if not any(one.members for one in found):
                 return
-            if asyncio.get_running_loop().time() > deadline:
-                raise RefusedError(f"the group {group} is in use", hint="stop its consumers first")
-            await asyncio.sleep(0.2)
+            await asyncio.sleep(0.05)
+        raise RefusedError(f"the group {group} is in use", hint="stop its consumers first")
 
 
 class Described:

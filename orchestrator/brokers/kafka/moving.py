@@ -1,0 +1,162 @@
+"""Retries and dead letters: the new records and the offset that finishes the old one, in one transaction.
+
+Runs in the reader's thread, between its commits: plain and transactional commits of a partition never overlap.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from confluent_kafka import Consumer as RawConsumer
+from confluent_kafka import KafkaError, KafkaException, Message, TopicPartition
+from confluent_kafka import Producer as RawProducer
+
+from orchestrator import clock
+from orchestrator.brokers.base import Done, History, Outgoing
+from orchestrator.brokers.kafka import client
+from orchestrator.brokers.kafka.desk import Desk
+from orchestrator.brokers.kafka.intake import KafkaDelivery
+from orchestrator.brokers.kafka.ledger import Ledger
+from orchestrator.errors import BrokerUnavailable, PublishRejected, ResourceMissing
+
+#: How many moves share a transaction.
+_MOVES = 1000
+
+Record = tuple[str, bytes, bytes | None, client.Headers]
+
+
+@dataclass(slots=True, eq=False)
+class Move:
+    """Records to write and a delivery to finish."""
+
+    delivery: KafkaDelivery
+    records: list[Record]
+    done: Done
+    refused: KafkaError | None = None
+
+
+class Mover:
+    def __init__(self, config: Mapping[str, Any], desk: Desk) -> None:
+        self.queue: list[Move] = []
+        self._config, self._desk = config, desk
+        self._after = 0.0
+        self._producer: RawProducer | None = None
+
+    @property
+    def due(self) -> bool:
+        return bool(self.queue) and time.monotonic() >= self._after
+
+    def ready(self) -> RawProducer:
+        """Our transactional producer; making it ends what a predecessor of the same name left open."""
+        if self._producer is None:
+            producer = RawProducer(client.for_producer(self._config))
+            self._insist(lambda: producer.init_transactions(5))
+            self._producer = producer
+        return self._producer
+
+    def move(self, consumer: RawConsumer, is_mine: Callable[[KafkaDelivery, Done], bool]) -> KafkaError | None:
+        """Moves what is queued and still ours; what fails for now stays queued. Returns why it did."""
+        moves, self.queue = self.queue[:_MOVES], self.queue[_MOVES:]
+        moves = [move for move in moves if is_mine(move.delivery, move.done)]
+        if not moves:
+            return None
+        touched: dict[int, tuple[Ledger[KafkaDelivery], set[int]]] = {}
+        for move in moves:
+            ledger = move.delivery.ledger
+            touched.setdefault(id(ledger), (ledger, set()))[1].add(move.delivery.offset)
+        try:
+            producer = self.ready()
+            producer.begin_transaction()
+            for move in moves:
+                _write(producer, move)
+            offsets = [entry(ledger, without=gone) for ledger, gone in touched.values()]
+            members = consumer.consumer_group_metadata()
+            self._insist(lambda: producer.send_offsets_to_transaction(offsets, members, 5))
+            self._insist(lambda: producer.commit_transaction(5))
+        except KafkaException as error:
+            return self._undo(moves, client.error_of(error))
+        for move in moves:
+            move.delivery.ledger.finish(move.delivery.offset)
+            self._desk.done(move.done)
+        return None
+
+    def close(self) -> None:
+        for move in self.queue:
+            self._desk.done(move.done, BrokerUnavailable("the consumer is closed"))
+        self.queue.clear()
+
+    def _insist(self, call: Callable[[], object]) -> None:
+        """Repeats a step of a transaction while its outcome is unknown."""
+        while True:
+            try:
+                call()
+                return
+            except KafkaException as error:
+                found = client.error_of(error)
+                if found is None or not found.retriable() or self._desk.stopping:
+                    raise
+                self._desk.say(f"not connected ({found.str()})")
+                self._desk.flush()
+
+    def _undo(self, moves: Sequence[Move], error: KafkaError | None) -> KafkaError | None:
+        """Aborts. What the broker refused is reported; the rest is tried again while its partition is still ours."""
+        producer = self._producer
+        if producer is not None:
+            if error is None or error.fatal():
+                self._producer = None
+            else:
+                try:
+                    self._insist(lambda: producer.abort_transaction(5))
+                except KafkaException:
+                    self._producer = None
+        for move in moves:
+            if move.refused is not None:
+                size = max(len(body) for _, body, _, _ in move.records)
+                refusal = client.translate(move.refused, f"writing to {move.records[0][0]}", size)
+                move.refused = None
+                if isinstance(refusal, (PublishRejected, ResourceMissing)):
+                    self._desk.done(move.done, refusal)
+                    continue
+            self.queue.append(move)
+        self._after = time.monotonic() + 0.05
+        return error
+
+
+def letters(delivery: KafkaDelivery, outputs: Sequence[Outgoing], done: Done) -> Move:
+    """The move of an event that is finished by what is written, a dead letter among it."""
+    records: list[Record] = [
+        (o.channel.address, o.body, o.key.encode("utf-8", "surrogateescape") or None, client.headers_of(o))
+        for o in outputs
+    ]
+    return Move(delivery, records, done)
+
+
+def postponed(retry: str, delivery: KafkaDelivery, history: History, delay: float, done: Done) -> Move:
+    """The move of an event to its retry topic, with everything that a reader there must know."""
+    due = max(history.not_before, clock.now() + delay if delay > 0 else 0.0)
+    headers: client.Headers = [(k, v) for k, v in delivery.raw_headers if k not in client.MECHANICS]
+    headers += [
+        (client.HISTORY, history.encode()),
+        (client.DUE, f"{due:.3f}".encode()),
+        (client.ORIGIN, delivery.position.encode("utf-8", "surrogateescape")),
+        (client.STORED, f"{delivery.time:.3f}".encode()),
+    ]
+    return Move(delivery, [(retry, delivery.body, delivery.key, headers)], done)
+
+
+def entry(ledger: Ledger[KafkaDelivery], **how: Any) -> TopicPartition:
+    """What to commit for `ledger`."""
+    low, metadata = ledger.snapshot(**how)
+    return TopicPartition(ledger.topic, ledger.number, low, metadata)
+
+
+def _write(producer: RawProducer, move: Move) -> None:
+    def report(error: KafkaError | None, _: Message) -> None:
+        if error is not None and error.code() not in (KafkaError._PURGE_QUEUE, KafkaError._PURGE_INFLIGHT):
+            move.refused = error
+
+    for topic, body, key, headers in move.records:
+        producer.produce(topic, body, key, headers=headers, on_delivery=report)

@@ -1,0 +1,251 @@
+"""The partitions that are ours: what is committed of them, and what happens when they come and go.
+
+Runs in the reader's thread; on_assign, on_revoke, on_lost and on_commit are called by the client inside poll().
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from confluent_kafka import Consumer as RawConsumer
+from confluent_kafka import KafkaError, KafkaException, TopicPartition
+
+from orchestrator.brokers.base import Done
+from orchestrator.brokers.kafka import client
+from orchestrator.brokers.kafka.desk import Desk
+from orchestrator.brokers.kafka.intake import KafkaDelivery
+from orchestrator.brokers.kafka.ledger import Ledger
+from orchestrator.brokers.kafka.moving import entry
+from orchestrator.errors import BrokerUnavailable
+
+#: Delivered, but not settled: how long the commit that says so may wait for another reason to commit.
+_LAZY = 0.05
+
+Book = Ledger[KafkaDelivery]
+
+
+class Positions:
+    def __init__(
+        self,
+        desk: Desk,
+        owner: str,
+        handover: float,
+        work: Callable[[], None],
+        forget: Callable[[Sequence[Book]], None],
+    ) -> None:
+        self.books: dict[tuple[str, int], Book] = {}
+        self.committing: list[tuple[Book, Done]] | None = None
+        self.missing: set[str] = set()  # topics that were deleted
+        self.fenced = False
+        self._desk, self._owner, self._handover = desk, owner, handover
+        self._work, self._forget = work, forget  # the reader: run commands and moves; forget records of these
+        self._settled: list[tuple[Book, Done]] = []
+        self._after = 0.0
+        self._stale = 0  # commits whose report no longer matters
+        self._delivered_at: float | None = None
+        self._seeks: dict[tuple[str, int], int] = {}
+
+    # --- committing -------------------------------------------------------------------------------------------
+
+    def settled(self, book: Book, done: Done) -> None:
+        """`done` is told when what `book` says now is committed."""
+        self._settled.append((book, done))
+
+    def delivered(self) -> None:
+        """Something was handed out: a commit is to say so before long."""
+        self._delivered_at = self._delivered_at or time.monotonic()
+
+    def is_current(self, book: Book) -> bool:
+        return self.books.get((book.topic, book.number)) is book
+
+    def commit(self, consumer: RawConsumer) -> None:
+        """One commit at a time, of every partition that changed; what was settled meanwhile rides with the next."""
+        now = time.monotonic()
+        if self.committing is not None or now < self._after:
+            return
+        dirty = [book for book in self.books.values() if book.dirty]
+        if self._delivered_at is not None and now - self._delivered_at > _LAZY:
+            dirty = list(self.books.values())
+        if not dirty:
+            self._confirm(self._settled)
+            self._settled = []
+            return
+        self._delivered_at = None
+        for book in dirty:
+            book.dirty = False
+        self.committing, self._settled = self._settled, []
+        try:
+            consumer.commit(offsets=[entry(book) for book in dirty], asynchronous=True)
+        except KafkaException:
+            self._refused(dirty)
+
+    def on_commit(self, error: KafkaError | None, partitions: Sequence[TopicPartition]) -> None:
+        if self._stale:
+            self._stale -= 1
+            return
+        books = self._books(partitions)
+        if error is not None or any(tp.error is not None for tp in partitions):
+            codes = {tp.error.code() for tp in partitions if tp.error is not None} | {error.code() if error else 0}
+            if KafkaError.FENCED_INSTANCE_ID in codes:
+                self.fence()
+            self._refused(books)
+            return
+        for tp in partitions:
+            if (book := self.books.get((tp.topic, tp.partition))) is not None:
+                book.written, book.low = True, tp.offset
+        done, self.committing = self.committing or [], None
+        self._confirm(done)
+
+    def _confirm(self, settled: Sequence[tuple[Book, Done]]) -> None:
+        for _, done in settled:
+            self._desk.done(done)
+
+    def _refused(self, books: Sequence[Book]) -> None:
+        """Again with the next commit; a rebalance decides for what is no longer ours."""
+        for book in books:
+            book.dirty = True
+        self._settled = (self.committing or []) + self._settled
+        self.committing = None
+        self._after = time.monotonic() + 0.05
+
+    def _books(self, partitions: Sequence[TopicPartition]) -> list[Book]:
+        return [found for tp in partitions if (found := self.books.get((tp.topic, tp.partition))) is not None]
+
+    # --- coming -----------------------------------------------------------------------------------------------
+
+    def on_assign(self, consumer: RawConsumer, partitions: list[TopicPartition]) -> None:
+        start: list[TopicPartition] = []
+        for tp in self._desk.patiently(lambda: consumer.committed(partitions, timeout=5)) if partitions else []:
+            low, high = self._desk.patiently(partial(consumer.get_watermark_offsets, tp, timeout=5))
+            book = self._book_at(tp, low, high)
+            self.books[tp.topic, tp.partition] = book
+            self._seeks.pop((tp.topic, tp.partition), None)
+            start.append(TopicPartition(tp.topic, tp.partition, book.low))
+        consumer.incremental_assign(start)
+        self._desk.post(self._desk.owner.assigned)
+
+    def _book_at(self, tp: TopicPartition, low: int, high: int) -> Book:
+        """The ledger of a partition that begins at `low`. A position that has no record any more is decided aloud."""
+        metadata, at, lost = tp.metadata or "", tp.offset, 0
+        if at < 0:  # a partition added later, or a retry topic that was never written to
+            at, metadata = low, ""
+        elif at < low:
+            lost = low - at
+            self._desk.alarm(f"{lost} unread events were trimmed from {tp.topic} [{tp.partition}]")
+            at, metadata = low, ""
+        elif at > high:
+            self._desk.alarm(f"{tp.topic} [{tp.partition}] was made anew: it is read from its beginning")
+            at, metadata = low, ""
+        book: Book = Ledger(tp.topic, tp.partition, at, metadata, owner=self._owner)
+        book.lost += lost
+        return book
+
+    def reposition(self, consumer: RawConsumer, book: Book) -> None:
+        """Our place in the log is gone: trimmed under us, or the topic was made anew."""
+        place = TopicPartition(book.topic, book.number)
+        low, _ = self._desk.patiently(lambda: consumer.get_watermark_offsets(place, timeout=5))
+        if book.edge < low:
+            lost = low - book.edge
+            self._desk.alarm(f"{lost} unread events were trimmed from {book.topic} [{book.number}]")
+            book.lost += lost
+            book.reach(low)
+            self._seeks[book.topic, book.number] = low
+        else:
+            self._desk.alarm(f"{book.topic} [{book.number}] was made anew: it is read from its beginning")
+            self._restart((book.topic, book.number), low)
+
+    def healed(self) -> None:
+        """The missing topics were made again: what we knew of the old ones is void."""
+        for key in [key for key in self.books if key[0] in self.missing]:
+            self._restart(key, 0)
+        self.missing.clear()
+
+    def _restart(self, key: tuple[str, int], low: int) -> None:
+        self.drop([self.books[key]])
+        self.books[key] = Ledger(*key, low, "", owner=self._owner)
+        self._seeks[key] = low
+
+    def seek(self, consumer: RawConsumer) -> None:
+        """Moves to where partitions begin anew; refused while the client has not taken them up yet."""
+        for key, offset in list(self._seeks.items()):
+            try:
+                consumer.seek(TopicPartition(*key, offset))
+            except KafkaException:
+                continue
+            del self._seeks[key]
+
+    # --- going ------------------------------------------------------------------------------------------------
+
+    def on_revoke(self, consumer: RawConsumer, partitions: list[TopicPartition]) -> None:
+        """Drain, commit, hand over: what runs on a partition that must go may end first, so no second copy starts."""
+        going = self._books(partitions)
+        running = [book for book in going if book.topic not in self.missing]
+        self._forget(going)
+        until = time.monotonic() + self._handover
+        self.abandon_commit()
+        self._work()
+        while any(book.in_flight for book in running) and not self._desk.stopping and time.monotonic() < until:
+            self._commit_now(consumer)
+            time.sleep(0.005)
+            self._work()
+        self._commit_now(consumer, running)
+        self.drop(going)
+
+    def abandon_commit(self) -> None:
+        """The commit under way is made again, with what changed since; its report is ignored."""
+        if self.committing is not None:
+            self._stale += 1
+            self._refused(self._books([TopicPartition(*key) for key in self.books]))
+            self._after = 0.0
+
+    def _commit_now(self, consumer: RawConsumer, going: Sequence[Book] = ()) -> None:
+        """Commits and waits for it, inside a callback, where nobody polls for a report."""
+        books = [book for book in self.books.values() if book.dirty or book in going]
+        if books and not self.fenced:
+            entries = [entry(book, clean=book in going and not book.in_flight) for book in books]
+            try:
+                consumer.commit(offsets=entries, asynchronous=False)
+            except KafkaException as error:
+                client.log.warning("a commit before a hand-over was refused: %s", error)
+                return
+        for book in books:
+            book.dirty = False
+        self._confirm(self._settled)
+        self._settled = []
+        self._desk.flush()
+
+    def on_lost(self, consumer: RawConsumer, partitions: list[TopicPartition]) -> None:
+        self.drop(self._books(partitions))
+
+    def drop(self, going: Sequence[Book]) -> None:
+        """These are another's now: their deliveries are void, and nothing of theirs will be settled."""
+        self._forget(going)
+        revoked: list[KafkaDelivery] = []
+        for book in going:
+            revoked.extend(book.in_flight.values())
+            book.in_flight.clear()
+            self.books.pop((book.topic, book.number), None)
+            self._seeks.pop((book.topic, book.number), None)
+        for book, done in self._settled:
+            if book in going:
+                self._desk.done(done, gone(book))
+        self._settled = [(book, done) for book, done in self._settled if book not in going]
+        if revoked:
+            self._desk.post(lambda: self._desk.owner.revoked(revoked))
+
+    def fence(self) -> None:
+        """Another has our name; see Reader._return."""
+        if not self.fenced:
+            self.fenced = True
+            self.drop(list(self.books.values()))
+            self._desk.say(f"another process has taken over {self._owner}")
+
+    def reset(self) -> None:
+        """A new client begins."""
+        self.fenced, self.committing, self._stale = False, None, 0
+
+
+def gone(book: Book) -> BrokerUnavailable:
+    return BrokerUnavailable(f"{book.topic} [{book.number}] is no longer ours")
