@@ -14,9 +14,10 @@ from orchestrator.event import AgentEvent, EventType
 
 if TYPE_CHECKING:
     from orchestrator.client import Client
-    from orchestrator.worker.context import Context, SyncContext
+    from orchestrator.worker.context import AgentContext, Context, SyncContext
 
 __all__ = [
+    "AgentContext",
     "AgentEvent",
     "Client",
     "Context",
@@ -28,6 +29,7 @@ __all__ = [
 ]
 
 _LATER = {
+    "AgentContext": "orchestrator.worker.context",
     "Client": "orchestrator.client",
     "Context": "orchestrator.worker.context",
     "SyncContext": "orchestrator.worker.context",
