@@ -81,6 +81,7 @@ def tell(demo: Demo) -> None:
     demo.wait("an empty dead-letter channel", lambda: not demo.read("dlq", "list")["dead_letters"])
 
     say("Done. Nothing was lost, nothing ran twice. Stop the agents.")
+    demo.run("stop")
 
 
 def main() -> int:
@@ -93,7 +94,7 @@ def main() -> int:
     try:
         tell(demo)
     finally:
-        demo.run("stop", check=False)
+        demo.run("stop", show=False, check=False)  # silent: it must happen even if our output is closed
         shutil.rmtree(folder, ignore_errors=True)
     return 0
 
