@@ -13,45 +13,15 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
-import psutil
-
-from orchestrator import Client
-from tests.servers.fresh import fresh_server
-
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent.parent
-
-TOPOLOGY = """\
-apiVersion: orchestrator/v1
-kind: Topology
-metadata: {{name: chaos}}
-brokers: {{main: {{url: "{url}"}}}}
-channels:
-  tasks: {{events: [task.*], mode: queue}}
-  events: {{events: [agent.*], mode: log}}
-  dead-letters: {{mode: log}}
-agents:
-  worker:
-    handler: handlers:work
-    subscribe: [task.assigned]
-    publish: [agent.completed]
-    replicas: 2
-    concurrency: 8
-    retry: {{max_attempts: 3, delays: [100ms, 300ms]}}
-    dead_letter: dead-letters
-    restart: {{initial_delay: 50ms, max_delay: 1s}}
-    env: {{RECORD: "{record}"}}
-"""
+from tests.faults.rig import Site
+from tests.servers.fresh import Server, fresh_server
 
 
 @dataclass
@@ -88,64 +58,23 @@ def plan(events: int, rng: random.Random) -> list[str]:
 
 
 class Chaos:
+    """One run over `server`, in `folder`."""
+
     def __init__(
-        self, server: Any, folder: Path, *, events: int, worker_kills: int, broker_kills: int, seed: int
+        self, server: Server, folder: Path, *, events: int, worker_kills: int, broker_kills: int, seed: int
     ) -> None:
-        self.server, self.folder = server, folder
+        self.server, self.site = server, Site(folder, server.url)
         self.rng = random.Random(seed)
         self.kinds = plan(events, self.rng)
         self.outcome = Outcome(events=events)
         self.worker_kills, self.broker_kills = worker_kills, broker_kills
-        self.record = folder / "record"
-        self.record.touch()
-        (folder / "topology.yaml").write_text(TOPOLOGY.format(url=server.url, record=self.record))
-        (folder / "handlers.py").write_text((HERE / "handlers.py").read_text())
-        self.process: subprocess.Popen[bytes] | None = None
-
-    def command(self, *args: str) -> str:
-        """Runs one command and returns what it wrote to stdout."""
-        done = subprocess.run(
-            [sys.executable, "-m", "orchestrator.cli.main", *args, "-o", "json"],
-            cwd=self.folder,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode:
-            raise RuntimeError(f"{args}: {done.returncode}\n{done.stderr[-1500:]}")
-        return done.stdout
-
-    def workers(self) -> list[psutil.Process]:
-        """The forked workers: children of the warm parent, which is a child of the supervisor."""
-        assert self.process is not None
-        try:
-            children = psutil.Process(self.process.pid).children(recursive=True)
-            return [c for c in children if c.ppid() != self.process.pid and c.status() != psutil.STATUS_ZOMBIE]
-        except psutil.NoSuchProcess:
-            return []
-
-    def lines(self) -> list[list[str]]:
-        return [line.split() for line in self.record.read_text().splitlines()]
-
-    async def publish(self) -> None:
-        """As fast as the broker confirms, through its outages too."""
-        async with Client(self.folder / "topology.yaml") as client:
-            room = asyncio.Semaphore(64)
-
-            async def one(n: int, kind: str) -> None:
-                async with room:
-                    await client.publish("task.assigned", {"n": n, "do": kind}, event_id=f"chaos-{n}")
-
-            async with asyncio.TaskGroup() as group:
-                for n, kind in enumerate(self.kinds):
-                    group.create_task(one(n, kind))
 
     async def kill_workers(self) -> None:
         """Spread over the whole flow: kills as fast as workers return would leave nothing but recovery to look at."""
         for number in range(self.worker_kills):
             due = len(self.kinds) * (number + self.rng.random()) / (self.worker_kills + 1)
-            await self.until(lambda due=due: self.handled() >= due, f"{due:.0f} handled")
-            while not (victims := self.workers()):
+            await self.site.until(lambda due=due: self.site.handled() >= due, f"{due:.0f} handled", 120)
+            while not (victims := self.site.workers()):
                 await asyncio.sleep(0.05)
             os.kill(self.rng.choice(victims).pid, signal.SIGKILL)
             self.outcome.worker_kills += 1
@@ -153,40 +82,22 @@ class Chaos:
     async def kill_broker(self) -> None:
         for number in range(self.broker_kills):
             due = len(self.kinds) * (number + 1) / (self.broker_kills + 2)
-            await self.until(lambda due=due: self.handled() >= due, f"{due:.0f} handled")
+            await self.site.until(lambda due=due: self.site.handled() >= due, f"{due:.0f} handled", 120)
             await asyncio.to_thread(self.server.kill)
             await asyncio.sleep(0.5)
             await asyncio.to_thread(self.server.start)
             self.outcome.broker_kills += 1
-            before, since = len(self.lines()), time.monotonic()
-            await self.until(lambda before=before: len(self.lines()) > before, "events handled after the restart")
+            before, since = self.site.record.stat().st_size, time.monotonic()
+            grown = lambda before=before: self.site.record.stat().st_size > before  # noqa: E731
+            await self.site.until(grown, "events handled after the restart")
             self.outcome.back_after_s.append(round(time.monotonic() - since, 2))
-
-    async def until(self, ready: Callable[[], bool], what: str, patience: float = 120.0) -> None:
-        deadline = time.monotonic() + patience
-        while not ready():
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"not within {patience:.0f} s: {what}")
-            await asyncio.sleep(0.2)
-
-    def finished(self) -> bool:
-        return self.handled() >= len(self.kinds)
-
-    def handled(self) -> int:
-        return len({line[0] for line in self.lines()})
-
-    def settled(self) -> bool:
-        agents = json.loads(self.command("status"))["agents"]
-        return all(a["lag"] == 0 and a["in_flight"] == 0 for a in agents)
 
     def judge(self) -> None:
         out = self.outcome
-        runs = Counter(int(line[0]) for line in self.lines())
+        runs = self.site.runs()
         doomed = {n for n, kind in enumerate(self.kinds) if kind in ("fail", "die")}
-        tail = self.command("tail", "agent.completed", "--channel", "events", "--no-follow", "--from", "earliest")
-        completed = {json.loads(line)["payload"]["n"] for line in tail.splitlines()}
-        letters = json.loads(self.command("dlq", "list"))["dead_letters"]
-        dead = Counter(int(letter["event_id"].removeprefix("chaos-")) for letter in letters)
+        completed = self.site.outputs()
+        dead = Counter(int(letter["event_id"]) for letter in self.site.letters())
         out.runs = sum(runs.values())
         out.lost = [n for n in range(out.events) if n not in runs]
         out.outputs_missing = [n for n in range(out.events) if n not in doomed and n not in completed and n not in dead]
@@ -195,37 +106,26 @@ class Chaos:
         out.dead_innocent = sorted(set(dead) - doomed)
         out.dead_missing = sorted(doomed - set(dead))
         wrong = {*out.lost, *out.outputs_missing, *out.dead_twice, *out.dead_innocent, *out.dead_missing}
-        out.evidence = [" ".join(line) for line in self.lines() if int(line[0]) in wrong][:40]
+        out.evidence = [" ".join(line) for line in self.site.lines() if int(line[0]) in wrong][:40]
         out.too_many_runs = [n for n in doomed if runs[n] > 3 + out.worker_kills]
 
     async def run(self, patience: float = 300.0) -> Outcome:
         started = time.monotonic()
-        log = (self.folder / "supervisor.log").open("wb")
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "orchestrator.cli.main", "apply", "--yes"],
-            cwd=self.folder,
-            stdout=log,
-            stderr=log,
-        )
         try:
-            await self.until(lambda: len(self.workers()) == 2, "two workers", 30)
+            await self.site.start()
             async with asyncio.TaskGroup() as group:
-                group.create_task(self.publish())
+                group.create_task(self.site.publish_each(enumerate(self.kinds)))
                 group.create_task(self.kill_workers())
                 group.create_task(self.kill_broker())
-            await self.until(self.finished, "every event handled", patience)
-            await self.until(lambda: self.settled(), "every event settled", patience)
+            await self.site.all_handled(len(self.kinds), patience)
             self.judge()
         finally:
-            self.process.send_signal(signal.SIGTERM)
-            await asyncio.to_thread(self.process.wait, 60)
-            log.close()
+            await self.site.stop()
         self.outcome.seconds = round(time.monotonic() - started, 1)
         return self.outcome
 
 
 def main() -> int:
-
     parser = argparse.ArgumentParser(prog="python -m tests.faults.chaos", description=__doc__)
     parser.add_argument("--broker", choices=["nats", "kafka", "redis"], default="nats")
     parser.add_argument("--events", type=int, default=20_000)

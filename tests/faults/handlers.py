@@ -29,4 +29,6 @@ async def work(event: AgentEvent, ctx: Context) -> None:
             raise ConnectionError("works the second time")
         case "slow":
             await asyncio.sleep(0.05)
+        case str(do) if do.startswith("sleep:"):
+            await asyncio.sleep(float(do.removeprefix("sleep:")))
     await ctx.publish("agent.completed", {"n": event.payload["n"]})

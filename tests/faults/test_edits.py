@@ -1,0 +1,141 @@
+"""The topology and its code are edited, badly and well, by `dev` under load: nothing is lost, nothing runs twice."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable
+
+import pytest
+
+from tests.faults.rig import Site
+from tests.servers.fresh import Server
+
+Sites = Callable[..., Site]
+TOTAL = 1_500
+
+
+both = pytest.mark.parametrize("server", ["nats", "redis"], indirect=True)
+
+
+@both
+async def test_edits_of_every_kind_under_load(server: Server, site: Sites) -> None:
+    made = site(server.url)
+    file, code = made.folder / "topology.yaml", made.folder / "handlers.py"
+    good, good_code = file.read_text(), code.read_text()
+    await made.start("dev")
+    await made.until(lambda: "watching" in made.said, "dev watches")
+    over = asyncio.Event()
+    published = 0
+
+    async def publish() -> None:
+        nonlocal published
+        while not over.is_set():
+            await made.publish(range(published, published + 20))
+            published += 20
+            await asyncio.sleep(0.02)
+
+    publishing = asyncio.create_task(publish())
+
+    async def refused(what: str, change: Callable[[], object]) -> None:
+        before = made.said.count("what ran before goes on")
+        taken_before = made.said.count("the edit is running")
+        change()
+        await made.until(lambda: made.said.count("what ran before goes on") > before, f"{what} is refused")
+        handled = made.handled()
+        await made.until(lambda: made.handled() > handled + 20, f"events flow after {what}")
+        assert made.said.count("the edit is running") == taken_before
+
+    async def taken(what: str, change: Callable[[], object]) -> None:
+        before = made.said.count("the edit is running")
+        change()
+        await made.until(lambda: made.said.count("the edit is running") > before, f"{what} runs")
+
+    await refused("invalid YAML", lambda: file.write_text(good + "agents: [\n"))
+    await taken("the mended file", lambda: file.write_text(good))
+
+    await refused("half a file", lambda: file.write_text(good[: len(good) // 2]))
+    fresh = made.folder / "fresh"
+    fresh.write_text(good.replace("concurrency: 8", "concurrency: 6"))
+    await taken("a file renamed over it", lambda: os.replace(fresh, file))
+
+    for name, concurrency in (("one", 5), ("two", 4)):
+        (made.folder / name).write_text(good.replace("concurrency: 8", f"concurrency: {concurrency}"))
+
+    def swap(name: str) -> None:
+        link = made.folder / "link"
+        link.symlink_to(name)
+        os.replace(link, file)
+
+    await taken("a symbolic link", lambda: swap("one"))
+    await taken("a swapped symbolic link", lambda: swap("two"))
+
+    await refused("code that does not import", lambda: code.write_text("import no_such_module\n"))
+    await taken("code that does", lambda: code.write_text(good_code + "\n# mended\n"))
+
+    over.set()
+    await publishing
+    await made.all_handled(published)
+    assert set(made.runs().values()) == {1}
+    assert set(made.outputs()) == set(range(published))
+    assert made.letters() == []
+    assert await made.stop() == 0
+
+
+SECOND = """\
+  second:
+    handler: handlers:work
+    subscribe: [task.second]
+    dead_letter: dead-letters
+    env: {{RECORD: "{record}"}}
+"""
+
+
+@both
+async def test_agents_and_subscriptions_come_and_go_under_load(server: Server, site: Sites) -> None:
+    """An agent beside the busy one is added, reads another type, is renamed and removed; the busy one is untouched."""
+    made = site(server.url)
+    file, good = made.folder / "topology.yaml", made.topology
+    await made.start()
+    pids = made.agent()["pids"]
+    publishing = asyncio.create_task(made.publish(range(TOTAL), pause=0.01))
+    second = SECOND.format(record=made.record)
+    edits = [
+        good + second,
+        good + second.replace("task.second", "task.third"),
+        good + second.replace("second:", "renamed:").replace("task.second", "task.third"),
+        good,
+    ]
+    for text in edits:
+        file.write_text(text)
+        done = await asyncio.to_thread(made.run, "apply", "--yes", "--prune")
+        assert done.returncode == 0, done.stderr
+        assert made.agent()["pids"] == pids
+    await publishing
+    await made.all_handled(TOTAL)
+    assert set(made.runs().values()) == {1}
+    assert made.letters() == []
+    assert await made.stop() == 0
+
+
+@both
+async def test_an_agent_renamed_with_events_waiting_keeps_them_or_says_so(server: Server, site: Sites) -> None:
+    """In a queue the new name reads on where the old one stopped."""
+    made = site(server.url)
+    await made.start()
+    publishing = asyncio.create_task(made.publish(range(300), "slow", pause=0.01))
+    await made.until(lambda: made.handled() > 30, "some handled")
+    (made.folder / "topology.yaml").write_text(made.topology.replace("  worker:\n", "  renamed:\n"))
+    done = await asyncio.to_thread(made.run, "apply", "--yes", "--prune")
+    await publishing
+    if done.returncode:  # refused: then by name, with the command that goes on
+        assert "--allow-loss" in done.stderr, done.stderr
+        await made.all_handled(300)
+        done = await asyncio.to_thread(made.run, "apply", "--yes", "--prune")
+        assert done.returncode == 0, done.stderr
+    await made.all_handled(300)
+    await made.publish(range(300, 320))
+    await made.all_handled(320)
+    assert set(made.runs()) == set(range(320))
+    assert made.letters() == []
+    assert await made.stop() == 0
