@@ -1,1 +1,4 @@
-"""What a person does to a running topology: dead letters, tailing, status, publishing, checks. No printing here."""
+"""What a person does to a topology: apply and edits, publishing, tailing, tracing, replay, dead letters, checks.
+
+No printing here. What the supervisor answers by itself (status, logs, scale …) the CLI asks it directly.
+"""

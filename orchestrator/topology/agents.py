@@ -27,8 +27,6 @@ from orchestrator.topology.nodes import Node
 from orchestrator.topology.routing import Index, intersection, minimal
 from orchestrator.topology.shape import Entry
 
-_NO_DEFAULTS = spec.AgentDefaultsSpec.model_construct()
-
 
 def policy(said: spec.RetrySpec) -> RetryPolicy:
     """A policy with every default filled in."""

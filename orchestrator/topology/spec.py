@@ -1,7 +1,8 @@
 """The shape of a topology file: strict models of every section, one class an entry.
 
 They check values one by one (shape.py) and are what schemas/topology.v1.schema.json is generated from (schema.py).
-Nothing is required here and nothing refers to anything: what must be there, and names, are meaning (resolve.py).
+Nothing is required here and nothing refers to anything: what must be there, and names, are meaning (channels.py,
+agents.py).
 """
 
 from __future__ import annotations

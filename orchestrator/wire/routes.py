@@ -18,7 +18,6 @@ from orchestrator.wire.codecs import AGENT_EVENT, Codec, codec
 from orchestrator.wire.names import is_event_type
 
 _CACHED = 4096  # types; a pattern such as crawl.> may meet any number of them
-_ENVELOPE = ("event_id", "event_type", "source_agent", "target_agent", "correlation_id")
 
 
 class Route:

@@ -1,7 +1,8 @@
 """Kafka: topics, consumer groups and transactions under the adapter Protocol.
 
-client: configuration, names, errors, the producer · ledger: what of a partition is done (pure) · reader: the thread
-that owns a consumer · consumer: its side in the loop · resources: reconcile · connection: everything else.
+client: configuration, names, errors, the producer · consumer: what the loop calls · reader: the thread that owns a
+consumer, with positions (its partitions), intake (what it reads), moving (retries, dead letters) and desk (what it
+tells the loop) · ledger: what of a partition is done (pure) · resources: reconcile · connection: everything else.
 """
 
 from __future__ import annotations
