@@ -261,6 +261,25 @@ async def test_a_reply_reaches_the_asker_alone(rig: Rig) -> None:
         assert [event.body for event in await lab.stored("tasks")] == [request.body]  # not routed
 
 
+async def test_a_reply_is_never_written_into_a_channel(rig: Rig) -> None:
+    """The asker names the address: it must not make the worker publish, trim or command what is the topology's."""
+    async with rig.lab() as lab:
+        tasks, prefix = lab.channel("tasks"), lab.topology.brokers[lab.channel("tasks").broker].prefix
+        addresses = {
+            "nats": [f"{prefix}task.assigned", f"$JS.API.STREAM.PURGE.{tasks.address}", "$SYS.REQ.SERVER.PING"],
+            "redis": [tasks.address, f"{tasks.address}:ids"],
+            "kafka": [tasks.address, f"{tasks.address}/inbox"],
+        }
+        if rig.kind not in addresses:
+            pytest.skip("a reply of this broker reaches inboxes alone")
+        await lab.publish()
+        for address in addresses[rig.kind]:
+            done, _ = outcome()
+            with pytest.raises(PublishRejected, match="reply address"):
+                lab.producer.reply(address, lab.message("task.assigned.reply"), done)
+        assert len(await lab.stored("tasks")) == 1
+
+
 async def test_a_reply_to_nobody_does_no_harm(rig: Rig) -> None:
     async with rig.lab() as lab:
         gone = await lab.connect()

@@ -212,7 +212,8 @@ def translate(error: KafkaError | BaseException, what: str, size: int = 0) -> Br
 class KafkaProducer(Producer):
     """One idempotent producer for the process. Its own thread polls; reports reach the loop in bursts."""
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    def __init__(self, config: Mapping[str, Any], topology: Topology, broker: Broker) -> None:
+        self._topology, self._broker = topology, broker
         self._config = for_producer(config)
         self._loop = asyncio.get_running_loop()
         self._raw = RawProducer(self._config)
@@ -232,6 +233,11 @@ class KafkaProducer(Producer):
     def reply(self, address: str, message: Outgoing, done: Done) -> None:
         require_safe(message)
         topic, _, inbox = address.partition("/")
+        replies = reply_topic(self._topology, self._broker)
+        ours = {registry_topic(self._broker), *(channel.address for channel in self._topology.channels.values())}
+        # Whoever asks names the address, and may be less trusted than we are.
+        if topic in ours or (topic != replies and topic.startswith(replies.removesuffix("replies"))):
+            raise PublishRejected(f"{address!r} is no reply address", hint="reply-to must be the asker's own topic")
         message.key = inbox
         self.send_to(topic, message, done)
 

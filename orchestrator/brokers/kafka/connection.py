@@ -110,7 +110,7 @@ class KafkaConnection(Connection):
 
     def shared_producer(self) -> KafkaProducer:
         if self._producer is None:
-            self._producer = KafkaProducer(self._config)
+            self._producer = KafkaProducer(self._config, self._topology, self._broker)
         return self._producer
 
     def consumer(self, subscription: Subscription, *, slot: str) -> KafkaConsumer:

@@ -80,6 +80,16 @@ class NatsConnection(Operations):
         await self.link.client.flush(timeout=5)
         return subject
 
+    def takes(self, subject: str) -> bool:
+        """Whether a message on `subject` would be an event of a channel or an order to the server. Whoever asks names
+        the address of the reply, and may be less trusted than we are."""
+        if subject.startswith("$"):
+            return True
+        ours = [channel for channel in self.topology.channels.values() if channel.broker == self.broker.name]
+        patterns = [self.broker.prefix + pattern for channel in ours for pattern in channel.events]
+        patterns += [f"{letters_root(channel)}.>" for channel in ours]
+        return any(matches(pattern, subject) for pattern in patterns)
+
     async def extend(self, replies: Sequence[str]) -> None:
         """Extends leases over a connection of its own; called in another thread's loop."""
         link = await open_link(self.broker, self._url, name="keep-alive", patience=5.0, root=self.topology.root)

@@ -252,7 +252,7 @@ class NatsProducer:
         self._publisher.publish(subject, header, message.body, home, done)
 
     def reply(self, address: str, message: Outgoing, done: Done) -> None:
-        if not _SUBJECT.fullmatch(address):
+        if not _SUBJECT.fullmatch(address) or self._connection.takes(address):
             raise PublishRejected(f"{address!r} is no reply address", hint="reply-to must be a NATS inbox subject")
         header = head("", message.correlation_id, message.headers, b"")
         body = message.body

@@ -36,7 +36,8 @@ class RedisConnection(Connection):
         self._pumps: dict[int, Pump] = {}
         self._consumers: list[RedisConsumer] = []
         self._replies: list[Replies] = []
-        self._producer = RedisProducer(link, self.pump)
+        mine = [channel for channel in topology.channels.values() if channel.broker == broker.name]
+        self._producer = RedisProducer(link, self.pump, mine)
 
     def new_link(self) -> Link:
         """Connections of one's own, for another thread."""

@@ -247,8 +247,9 @@ def refusal(word: str, what: str) -> BrokerError:
 
 
 class RedisProducer(Producer):
-    def __init__(self, link: Link, pump: Callable[[str], Pump]) -> None:
+    def __init__(self, link: Link, pump: Callable[[str], Pump], channels: Sequence[Channel]) -> None:
         self._link, self._pump = link, pump
+        self._streams = [channel.address for channel in channels]
         self._unconfirmed = 0
         self._room = asyncio.Event()
         self._replies: set[asyncio.Task[None]] = set()
@@ -276,12 +277,15 @@ class RedisProducer(Producer):
 
     def reply(self, address: str, message: Outgoing, done: Done) -> None:
         check(message)
+        # Whoever asks names the address, and may be less trusted than we are.
+        if any(address == stream or address.startswith(f"{base(stream)}:") for stream in self._streams):
+            raise PublishRejected(f"{address!r} is no reply address", hint="reply-to must be the asker's own stream")
         task = asyncio.get_running_loop().create_task(self._reply(address, message, done))
         self._replies.add(task)
         task.add_done_callback(self._replies.discard)
 
     async def _reply(self, address: str, message: Outgoing, done: Done) -> None:
-        command = ("XADD", address, "NOMKSTREAM", "MAXLEN", "~", 10_000, "*", *fields(message))
+        command = ("XADD", address, "NOMKSTREAM", "*", *fields(message))
         deadline = asyncio.get_running_loop().time() + 10
         while True:
             try:
