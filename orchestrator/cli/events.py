@@ -69,6 +69,8 @@ def publish(
     else:
         channel = topology.channel_for(event_type).name
         console.data(f"{event.event_type} {event.event_id} is in {channel}")
+        if not operate.readers(topology, event_type):
+            console.say(f"no agent of {topology.name} subscribes to {event_type}: nobody is handed it")
         console.say(f"what becomes of it: orchestrator trace {event.correlation_id}")
 
 

@@ -12,7 +12,7 @@ from orchestrator.client import Client
 from orchestrator.errors import PayloadError
 from orchestrator.event import AgentEvent
 from orchestrator.operate.session import session
-from orchestrator.topology.model import Topology
+from orchestrator.topology.model import Topology, matches
 
 
 def read_payload(text: str) -> dict[str, Any]:
@@ -37,6 +37,17 @@ def read_payload(text: str) -> dict[str, Any]:
             f"{where} is JSON, but {type(found).__name__} instead of an object", hint="""write '{"name": value, …}'"""
         )
     return found
+
+
+def readers(topology: Topology, event_type: str) -> list[str]:
+    """The agents that would be handed an event of this type, were it not for target and filter."""
+    channel = topology.channel_for(event_type).name
+    return [
+        agent.name
+        for agent in topology.agents.values()
+        for subscription in agent.subscriptions
+        if subscription.channel == channel and any(matches(pattern, event_type) for pattern in subscription.events)
+    ]
 
 
 async def publish(topology: Topology, event_type: str, payload: dict[str, Any], **options: Any) -> AgentEvent:

@@ -40,6 +40,11 @@ def test_publish_takes_json_a_file_and_stdin(applied: Folder) -> None:
     assert found[1]["target_agent"] == "pack"
 
 
+def test_publish_says_when_nobody_will_handle_it(applied: Folder) -> None:
+    assert "no agent" not in applied.ok("publish", "order.placed", '{"item": "cup"}').err
+    assert "no agent of shop subscribes to order.changed" in applied.ok("publish", "order.changed", "{}").err
+
+
 def test_the_same_id_twice_takes_effect_once(applied: Folder) -> None:
     applied.ok("publish", "parcel.packed", "{}", "--id", "one")
     applied.ok("publish", "parcel.packed", "{}", "--id", "one")
