@@ -12,7 +12,7 @@ from confluent_kafka import Consumer, ConsumerGroupTopicPartitions, TopicPartiti
 from confluent_kafka.admin import AdminClient
 
 from orchestrator.brokers.base import FRESH, Ended, History, Left
-from orchestrator.brokers.kafka import client
+from orchestrator.brokers.kafka.client import retry_topic
 from orchestrator.brokers.kafka.ledger import backlog
 from orchestrator.errors import BrokerUnavailable, PublishRejected
 from tests.conformance.rig import Lab, Reader, Rig, eventually, finished, outcome
@@ -27,7 +27,8 @@ def admin(rig: Rig) -> AdminClient:
 async def commits(lab: Lab, topic: str) -> dict[int, TopicPartition]:
     """What the group has committed in `topic`, as any Kafka tool sees it."""
     group = lab.subscription("worker").group
-    future = admin(lab.rig).list_consumer_group_offsets([ConsumerGroupTopicPartitions(group)])[group]
+    client = admin(lab.rig)  # it has to outlive the future
+    future = client.list_consumer_group_offsets([ConsumerGroupTopicPartitions(group)])[group]
     found = (await asyncio.wrap_future(future)).topic_partitions
     return {tp.partition: tp for tp in found if tp.topic == topic}
 
@@ -231,7 +232,8 @@ async def test_unread_events_that_were_trimmed_are_an_alarm_and_are_counted(rig:
     async with rig.lab() as lab:
         await lab.publish_many(10)
         place = TopicPartition(lab.channel("tasks").address, 0, 4)
-        await asyncio.wrap_future(admin(rig).delete_records([place])[place])
+        outside = admin(rig)
+        await asyncio.wrap_future(outside.delete_records([place])[place])
         reader = await lab.reader(free=10)
         assert len(await reader.take(6)) == 6
         assert any("4 unread events were trimmed" in alarm for alarm in reader.alarms)
@@ -282,9 +284,8 @@ async def test_finished_retries_leave_their_topic(rig: Rig, monkeypatch: pytest.
         for delivery in await reader.take(10):
             await reader.retry(delivery, FAILED, 0)
         await reader.settle_all(await reader.take(10))
-        retry = client.retry_topic(lab.subscription("worker"))
-        bootstrap = {"bootstrap.servers": rig.driver.url.removeprefix("kafka://"), "group.id": "look"}
-        look = Consumer(bootstrap)
+        retry = retry_topic(lab.subscription("worker"))
+        look = Consumer({"bootstrap.servers": rig.driver.url.removeprefix("kafka://"), "group.id": "look"})
 
         def swept() -> bool:
             return bool(look.get_watermark_offsets(TopicPartition(retry, 0), timeout=5)[0] >= 10)
@@ -312,7 +313,7 @@ async def test_the_token_names_the_place_and_the_history(rig: Rig) -> None:
         delivery = await reader.take_one()
         assert len(delivery.token) <= 400
         topic, number, offset, history = json.loads(delivery.token)
-        assert (topic, number) == (client.retry_topic(lab.subscription("worker")), 0)
+        assert (topic, number) == (retry_topic(lab.subscription("worker")), 0)
         assert History.decode(history.encode()).attempts == 1
         assert offset == 0
 

@@ -1,4 +1,4 @@
-"""The bookkeeping of one partition, without a broker: whatever is finished in what order, a successor reads the same."""
+"""The bookkeeping of one partition, without a broker: finished in whatever order, a successor reads the same."""
 
 from __future__ import annotations
 

@@ -9,12 +9,13 @@ import asyncio
 import logging
 import re
 import threading
+import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from confluent_kafka import Consumer as RawConsumer
-from confluent_kafka import KafkaError, KafkaException, Message, admin
+from confluent_kafka import KafkaError, KafkaException, Message, TopicPartition, admin
 from confluent_kafka import Producer as RawProducer
 
 from orchestrator.brokers.base import Done, Outgoing, Producer
@@ -44,6 +45,7 @@ _REFUSED = (
     KafkaError.INVALID_TIMESTAMP,
     KafkaError.RECORD_LIST_TOO_LARGE,
 )
+_LEADERLESS = (KafkaError.NOT_LEADER_FOR_PARTITION, KafkaError.LEADER_NOT_AVAILABLE)
 TOO_LARGE = (KafkaError.MSG_SIZE_TOO_LARGE, KafkaError.INVALID_MSG_SIZE)
 
 log = logging.getLogger("orchestrator.kafka")
@@ -125,6 +127,7 @@ def for_consumer(config: Mapping[str, Any], **more: Any) -> dict[str, Any]:
     ours = {
         "enable.auto.commit": False,
         "enable.auto.offset.store": False,
+        "session.timeout.ms": 6_000,
         "auto.offset.reset": "error",
         "isolation.level": "read_committed",
         "enable.partition.eof": True,
@@ -144,6 +147,19 @@ def fetch(reader: RawConsumer, count: int, timeout: float) -> list[Message]:
     """Up to `count` messages as soon as there is one; consume() by itself would wait until all are there."""
     first = reader.poll(timeout)
     return [] if first is None else [first, *reader.consume(count, 0)]
+
+
+def end_of(reader: RawConsumer, place: TopicPartition) -> int:
+    """The next offset of a partition, asked again while its leader is being found. Raises BrokerError."""
+    deadline = time.monotonic() + 5
+    while True:
+        try:
+            return int(reader.get_watermark_offsets(place, timeout=5)[1])
+        except KafkaException as error:
+            found = error_of(error)
+            if found is None or found.code() not in _LEADERLESS or time.monotonic() > deadline:
+                raise translate(error, f"reading {place.topic}") from None
+            time.sleep(0.05)
 
 
 # --- headers and errors ---------------------------------------------------------------------------------------

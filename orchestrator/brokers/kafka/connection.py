@@ -37,7 +37,7 @@ from orchestrator.brokers.kafka.intake import Filter
 from orchestrator.brokers.kafka.ledger import backlog
 from orchestrator.brokers.kafka.reader import Settings
 from orchestrator.brokers.kafka.resources import Registry, Resources
-from orchestrator.errors import BrokerUnavailable, ResourceMissing
+from orchestrator.errors import BrokerError, BrokerUnavailable, ResourceMissing
 from orchestrator.topology.model import Broker, Channel, Subscription, Topology, matches
 
 #: How many records `lag` and `count` look at before they answer with an upper bound.
@@ -175,10 +175,10 @@ class KafkaConnection(Connection):
         topic, inbox = client.reply_topic(self._topology, self._broker), uuid.uuid4().hex
         reader = RawConsumer(client.for_consumer(self._config, group_id=inbox))
         try:
-            _, end = await asyncio.to_thread(reader.get_watermark_offsets, TopicPartition(topic, 0), timeout=5)
-        except KafkaException as error:
+            end = await asyncio.to_thread(client.end_of, reader, TopicPartition(topic, 0))
+        except BrokerError:
             reader.close()
-            raise client.translate(error, f"reading {topic}") from None
+            raise
         reader.assign([TopicPartition(topic, 0, end)])
         self._inboxes.append(asyncio.create_task(self._receive(reader, inbox.encode(), receive)))
         return f"{topic}/{inbox}"

@@ -55,6 +55,7 @@ class Intake:
         self.ready: deque[tuple[Ledger[KafkaDelivery], Message]] = deque()
         self._wanted, self._is_current = wanted, is_current
         self._waiting: list[tuple[float, int, Ledger[KafkaDelivery], int, Message | None]] = []
+        self._fetching: dict[tuple[str, int], tuple[set[int], set[int]]] = {}  # sought now, and next
         self._bodies = self._sequence = 0
         self._inboxes: dict[tuple[str, int], OrderedDict[bytes, tuple[int, int]]] = {}
 
@@ -62,8 +63,10 @@ class Intake:
         offset = message.offset() or 0
         fresh = ledger.see(offset)
         if ledger.topic == self._wanted.retry:
-            if fresh or (offset in ledger.undone and offset not in ledger.in_flight):
-                self._park(ledger, offset, message, again=not fresh)
+            if fresh:
+                self._park(ledger, offset, message)
+            else:
+                self._fetched(ledger, offset, message)
         elif fresh:
             if self._is_unwanted(message, ledger):
                 ledger.finish(offset)
@@ -91,14 +94,12 @@ class Intake:
             inbox.popitem(last=False)
         return False
 
-    def _park(self, ledger: Ledger[KafkaDelivery], offset: int, message: Message, *, again: bool) -> None:
+    def _park(self, ledger: Ledger[KafkaDelivery], offset: int, message: Message) -> None:
         """Keeps a retry until it is due. Beyond the budget its body is dropped, and fetched again by a seek."""
         due = float(client.readable(message.headers()).get(client.DUE) or 0)
         if due <= clock.now():
             self.ready.append((ledger, message))
             return
-        if again:
-            return  # its place in the heap is kept
         self._sequence += 1
         size = len(message.value() or b"")
         keep = self._bodies + size <= BODIES
@@ -108,7 +109,6 @@ class Intake:
     def ripen(self, consumer: RawConsumer) -> None:
         """Makes ready what is due now."""
         now = clock.now()
-        back: dict[tuple[str, int], int] = {}
         while self._waiting and self._waiting[0][0] <= now:
             _, _, ledger, offset, message = heapq.heappop(self._waiting)
             if message is not None:
@@ -118,10 +118,19 @@ class Intake:
             if message is not None:
                 self.ready.append((ledger, message))
             else:
-                key = (ledger.topic, ledger.number)
-                back[key] = min(offset, back.get(key, offset))
-        for (topic, number), offset in back.items():
-            consumer.seek(TopicPartition(topic, number, offset))
+                self._fetching.setdefault((ledger.topic, ledger.number), (set(), set()))[1].add(offset)
+        for key, (sought, after) in self._fetching.items():
+            if after and not sought:  # one seek at a time: the next would jump over what this one is to bring
+                consumer.seek(TopicPartition(*key, min(after)))
+                self._fetching[key] = (after, set())
+
+    def _fetched(self, ledger: Ledger[KafkaDelivery], offset: int, message: Message) -> None:
+        """A record that was seen before; one of those that a seek was made for, or one between them."""
+        sought, after = self._fetching.get((ledger.topic, ledger.number), (set(), set()))
+        if offset in sought or offset in after:
+            sought.discard(offset)
+            after.discard(offset)
+            self.ready.append((ledger, message))
 
     def next_due(self) -> float:
         """Seconds until something is due, at most one."""
@@ -145,6 +154,7 @@ class Intake:
         self.ready = deque((ledger, message) for ledger, message in self.ready if ledger not in ledgers)
         for ledger in ledgers:
             self._inboxes.pop((ledger.topic, ledger.number), None)
+            self._fetching.pop((ledger.topic, ledger.number), None)
 
     def delivery(self, ledger: Ledger[KafkaDelivery], message: Message) -> KafkaDelivery:
         """Made as late as possible, so that it has the newest history."""

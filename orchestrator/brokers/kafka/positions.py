@@ -88,9 +88,9 @@ class Positions:
         books = self._books(partitions)
         if error is not None or any(tp.error is not None for tp in partitions):
             codes = {tp.error.code() for tp in partitions if tp.error is not None} | {error.code() if error else 0}
+            self._refused(books)
             if KafkaError.FENCED_INSTANCE_ID in codes:
                 self.fence()
-            self._refused(books)
             return
         for tp in partitions:
             if (book := self.books.get((tp.topic, tp.partition))) is not None:
@@ -106,8 +106,11 @@ class Positions:
         """Again with the next commit; a rebalance decides for what is no longer ours."""
         for book in books:
             book.dirty = True
-        self._settled = (self.committing or []) + self._settled
-        self.committing = None
+        again, self.committing = self.committing or [], None
+        for book, done in again:
+            if not self.is_current(book):  # lost while the commit was under way
+                self._desk.done(done, gone(book))
+        self._settled = [(book, done) for book, done in again if self.is_current(book)] + self._settled
         self._after = time.monotonic() + 0.05
 
     def _books(self, partitions: Sequence[TopicPartition]) -> list[Book]:
@@ -239,6 +242,7 @@ class Positions:
         """Another has our name; see Reader._return."""
         if not self.fenced:
             self.fenced = True
+            self.abandon_commit()
             self.drop(list(self.books.values()))
             self._desk.say(f"another process has taken over {self._owner}")
 

@@ -59,11 +59,9 @@ class Registry:
                 )
                 self._reader.assign([TopicPartition(self._topic, 0, OFFSET_BEGINNING)])
             try:
-                _, end = self._reader.get_watermark_offsets(place, timeout=_PATIENCE)
-            except KafkaException as error:
-                if isinstance(client.translate(error, ""), ResourceMissing):
-                    return {}
-                raise
+                end = client.end_of(self._reader, place)
+            except ResourceMissing:
+                return {}
             while self._at < end:
                 for message in client.fetch(self._reader, 500, 0.5):
                     self._at = max(self._at, (message.offset() or 0) + (message.error() is None))
