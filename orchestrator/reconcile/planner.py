@@ -67,7 +67,7 @@ def plan(
             if operation.action is Action.REPLACE and item.id.kind == "channel":
                 replaced.append(item.id)
     orphans = [o for o in observed if o.id not in wanted and o.owner == topology.name]
-    operations += _orphans(orphans, consent)
+    operations = _in_order(operations, _orphans(orphans, consent))
     return Plan(
         topology=topology.name,
         revision=topology.revision(),
@@ -254,6 +254,13 @@ def _orphans(orphans: Sequence[Observed], consent: Consent) -> list[Operation]:
     return sorted([*operations, *channels], key=lambda o: _DELETE_ORDER[o.resource.kind])
 
 
+def _in_order(asked: Sequence[Operation], orphans: Sequence[Operation]) -> list[Operation]:
+    """A subscription that goes makes room before the first one comes: in a queue one agent reads each type."""
+    first = next((n for n, o in enumerate(asked) if o.resource.kind == "subscription"), len(asked))
+    leaving = [o for o in orphans if o.resource.kind == "subscription" and o.action is Action.DELETE]
+    return [*asked[:first], *leaving, *asked[first:], *(o for o in orphans if o not in leaving)]
+
+
 def _deletion(item: Observed, cause: str, consent: Consent, *, covered: bool = False) -> Operation:
     """DELETE, or REFUSE when it is protected or holds events that were not named. `covered`: its channel goes too."""
     base = Operation(
@@ -277,16 +284,24 @@ def _deletion(item: Observed, cause: str, consent: Consent, *, covered: bool = F
         base = replace(base, needs=item.id.name)
         if not consent.names(item.id):
             return _refuse(
-                base, "it holds events, and their loss was not named", hint=f"to lose them: --allow-loss={item.id.name}"
+                base,
+                "it holds events, and their loss was not named",
+                hint=f"to lose them: --allow-loss={item.id.name}{_renamed(item)}",
             )
     return base
+
+
+def _renamed(item: Observed) -> str:
+    if item.id.kind != "subscription":
+        return ""
+    return f"; if its agent was renamed, give it `group: {item.id.name.rpartition('/')[2]}` to read on from here"
 
 
 def _keep(item: Observed) -> Operation:
     if item.protect:
         hint = "it is protected, so it stays"
     else:
-        hint = "to delete it: --prune" + (f" --allow-loss={item.id.name}" if item.events else "")
+        hint = "to delete it: --prune" + (f" --allow-loss={item.id.name}{_renamed(item)}" if item.events else "")
     return Operation(
         Action.KEEP,
         item.id,

@@ -104,6 +104,13 @@ CASES: Mapping[str, Plan] = {
         ],
         [],
     ),
+    "renamed": made(
+        [channel(), subscription("TASKS/press-author")],
+        [there(channel()), there(subscription())],
+    ),
+    "renamed-waiting": made(
+        [channel(), subscription("TASKS/press-author")], [there(channel(), events=3), there(subscription(), events=3)]
+    ),
     "nothing": made([channel(max_age=60)], [there(channel(max_age=60), events=4)]),
     "change-in-place": made([channel(max_age=90)], [there(channel(max_age=60), events=4)]),
     "shrink-refused": made([channel(max_age=30)], [there(channel(max_age=60), events=1204)]),
