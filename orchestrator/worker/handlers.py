@@ -14,8 +14,8 @@ from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from types import ModuleType, NoneType, UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -25,6 +25,7 @@ from orchestrator.topology.model import Agent, Topology
 from orchestrator.worker.context import AgentContext, Context, SyncContext
 
 _OURS = (str(Path(__file__).resolve().parent.parent), str(Path(importlib.__file__).parent), "<frozen importlib")
+_CONTEXT_TYPES = ("AgentEvent", "AgentContext", "Context", "SyncContext")
 _NAMES = {"event": "event", "ctx": "ctx", "context": "ctx", "payload": "payload"}
 
 
@@ -63,6 +64,7 @@ def load_python(topology: Topology, agent: Agent) -> Loaded:
             f"agent {agent.name!r}: {module_name} has no function {path!r} ({module.__file__})",
             hint=f"it has: {', '.join(public) or 'no functions'}",
         )
+    _callable(function, agent.name)
     asynchronous = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
         getattr(function, "__call__", None)  # noqa: B004  an object with an async __call__ is a handler too
     )
@@ -121,6 +123,16 @@ def _is_ours(filename: str) -> bool:
     return filename.startswith(_OURS)
 
 
+def _callable(function: Any, agent: str) -> None:
+    """Raises HandlerLoadError for what could be called but would handle nothing: the event would be settled."""
+    if inspect.isclass(function):
+        raise HandlerLoadError(
+            f"agent {agent!r}: {_name(function)} is a class", hint="name an object of it, or one of its methods"
+        )
+    if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+        raise HandlerLoadError(f"agent {agent!r}: {_name(function)} is a generator: it has a `yield`", hint=_SHAPE)
+
+
 def bind(function: Callable[..., Any], agent: str) -> Callable[[AgentEvent, Any], Any]:
     """A call(event, ctx) for a function whose parameters may be the event, the context and a payload model, in any
     order, told apart by annotation, then by name, then by place. Raises HandlerLoadError."""
@@ -149,15 +161,17 @@ def _parameters(function: Callable[..., Any], agent: str) -> list[tuple[str, Any
     """(name, annotation) of the parameters that have to be filled."""
     found = []
     try:
-        signature = inspect.signature(function, eval_str=True)
-    except NameError:
-        signature = inspect.signature(function)  # a name imported for type checkers only: names and places decide
+        signature = inspect.signature(function)
     except (TypeError, ValueError) as error:
         raise HandlerLoadError(f"agent {agent!r}: {_name(function)} cannot be called: {error}", hint=_SHAPE) from error
+    anything, skipped = False, ""
     for parameter in signature.parameters.values():
         if parameter.kind is parameter.VAR_POSITIONAL or parameter.kind is parameter.VAR_KEYWORD:
+            anything |= parameter.kind is parameter.VAR_POSITIONAL
             continue
-        if parameter.default is not parameter.empty and parameter.annotation is parameter.empty:
+        annotation = _annotation(parameter.annotation, function)
+        if parameter.default is not parameter.empty and not _is_ours_to_fill(parameter.name, annotation):
+            skipped = parameter.name
             continue
         if parameter.kind is parameter.KEYWORD_ONLY:
             if parameter.default is parameter.empty:
@@ -165,8 +179,48 @@ def _parameters(function: Callable[..., Any], agent: str) -> list[tuple[str, Any
                     f"agent {agent!r}: {_name(function)} needs {parameter.name!r} by keyword", hint=_SHAPE
                 )
             continue
-        found.append((parameter.name, parameter.annotation))
+        if skipped:
+            raise HandlerLoadError(
+                f"agent {agent!r}: {_name(function)} has {parameter.name!r} behind {skipped!r}, which is left out",
+                hint=f"put {skipped!r} last",
+            )
+        found.append((parameter.name, annotation))
+    if anything and not found:  # a decorator that hides what it wraps
+        return [("event", inspect.Parameter.empty), ("ctx", inspect.Parameter.empty)]
     return found
+
+
+def _annotation(given: Any, function: Callable[..., Any]) -> Any:
+    """The type that is meant: text is looked up for each parameter by itself, because a name that is imported for type
+    checkers only must not hide the others; Annotated and Optional are looked through."""
+    if isinstance(given, str):
+        inner: Any = inspect.unwrap(function)
+        while hasattr(inner, "func"):  # functools.partial
+            inner = inspect.unwrap(inner.func)
+        if not hasattr(inner, "__globals__") and not hasattr(inner, "__func__"):
+            inner = type(inner).__call__  # an object with a __call__
+        inner = inspect.unwrap(getattr(inner, "__func__", inner))
+        try:
+            given = eval(given, getattr(inner, "__globals__", {}))
+        except Exception:  # whatever it says, it names nothing that exists here: names and places decide
+            return given
+    if get_origin(given) is Annotated:
+        return _annotation(get_args(given)[0], function)
+    if get_origin(given) in (Union, UnionType):
+        members = [member for member in get_args(given) if member is not NoneType]
+        return _annotation(members[0], function) if len(members) == 1 else given
+    return dict if get_origin(given) is dict else given
+
+
+def _is_ours_to_fill(name: str, annotation: Any) -> bool:
+    """Whether a parameter that has a default is one of those that we know."""
+    if annotation is inspect.Parameter.empty:
+        return False
+    if name in _NAMES:
+        return True
+    if isinstance(annotation, str):
+        return annotation.rpartition(".")[2] in _CONTEXT_TYPES
+    return isinstance(annotation, type) and issubclass(annotation, (AgentEvent, AgentContext, BaseModel))
 
 
 def _kind(parameter: tuple[str, Any], place: int, function: Callable[..., Any]) -> str | type[BaseModel]:
@@ -182,8 +236,13 @@ def _kind(parameter: tuple[str, Any], place: int, function: Callable[..., Any]) 
             return "payload"
     if isinstance(annotation, str):
         last = annotation.rpartition(".")[2]
-        if last in ("AgentEvent", "Context", "SyncContext"):
+        if last in _CONTEXT_TYPES:
             return "event" if last == "AgentEvent" else "ctx"
+        if name == "payload":
+            raise HandlerLoadError(
+                f"{_name(function)}: the type {annotation!r} of {name!r} cannot be found, so it would not be checked",
+                hint="import it outside `if TYPE_CHECKING:`",
+            )
     if name in _NAMES:
         return _NAMES[name]
     if annotation is inspect.Parameter.empty and place < 2:

@@ -169,3 +169,73 @@ def test_an_external_agent_has_no_handler() -> None:
     agent = replace(Agent("a", "", None, (), ()), external=True)
     with pytest.raises(HandlerLoadError, match="external"):
         load(Topology("t", "", Path(), (), {}, {}, {"a": agent}), agent)
+
+
+# --- annotations that are text, optional, or hidden -------------------------------------------------------------
+
+LAZY = """
+from __future__ import annotations
+import functools
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+from pydantic import BaseModel
+if TYPE_CHECKING:
+    from orchestrator import Context
+    from elsewhere import Hidden
+
+class Task(BaseModel):
+    n: int
+
+def named_payload(payload: Task, ctx: Context): return type(payload).__name__
+def optional(task: Optional[Task], ctx: Context = None): return type(task).__name__
+def annotated(task: Annotated[Task, "x"]): return type(task).__name__
+def defaults(payload: dict[str, Any], depth: int = 3): return type(payload).__name__
+partial = functools.partial(named_payload)
+class Agent:
+    def __call__(self, task: Task): return type(task).__name__
+called = Agent()
+def decorated(function):
+    def wrapper(*args, **kwargs): return function(*args, **kwargs)
+    return wrapper
+@decorated
+def wrapped(event, ctx): return type(event).__name__
+
+def hidden(payload: Hidden): ...
+def behind(event, depth: int = 3, ctx: Context = None): ...
+def generator(event): yield event
+async def agenerator(event): yield event
+"""
+
+
+@pytest.mark.usefixtures("imports")
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("named_payload", "Task"),
+        ("optional", "Task"),
+        ("annotated", "Task"),
+        ("defaults", "dict"),
+        ("partial", "Task"),
+        ("called", "Task"),
+        ("wrapped", "AgentEvent"),
+    ],
+)
+def test_a_model_is_found_however_it_is_written(tmp_path: Path, name: str, expected: str) -> None:
+    (tmp_path / "trial_lazy.py").write_text(LAZY)
+    assert loading(tmp_path, f"trial_lazy:{name}").call(EVENT, CTX) == expected
+
+
+@pytest.mark.usefixtures("imports")
+@pytest.mark.parametrize(
+    ("name", "word"),
+    [
+        ("hidden", "Hidden"),
+        ("behind", "depth"),
+        ("generator", "yield"),
+        ("agenerator", "yield"),
+        ("Agent", "class"),
+    ],
+)
+def test_what_would_handle_nothing_is_refused(tmp_path: Path, name: str, word: str) -> None:
+    (tmp_path / "trial_lazy.py").write_text(LAZY)
+    with pytest.raises(HandlerLoadError, match=word):
+        loading(tmp_path, f"trial_lazy:{name}")
