@@ -8,6 +8,7 @@ otherwise Runtime.flush sends them. The event is settled once all of them are co
 from __future__ import annotations
 
 import asyncio
+import inspect
 import sys
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from enum import IntEnum
@@ -65,9 +66,11 @@ class Attempt:
         "_error",
         "_foreign",
         "_index",
+        "_left",
         "_origin",
         "_refused",
         "_unconfirmed",
+        "_waiting",
         "deadline",
         "delivery",
         "event",
@@ -97,6 +100,8 @@ class Attempt:
         self._index = 0
         self._foreign = False  # some output belongs on another broker
         self._unconfirmed = 0
+        self._waiting = 0  # publishes that wait for room
+        self._left = 0.0  # seconds of the handler's time that are left then
         self._error: BaseException | None = None
         self._entered = False
         self._awaiting = False  # the handler has returned and some output is not confirmed yet
@@ -131,12 +136,14 @@ class Attempt:
         if self.task is None:  # started eagerly: whoever asks whose code blocks the loop must find us
             self.task = asyncio.current_task()
         if self.stop_reason is not None:
-            self._stopped()
+            self.stopped()
             return
         runtime = self.runtime
         try:
             if runtime.handler.threaded:
                 result = await runtime.in_thread(runtime.handler.call, event, SyncContext(self))
+                if inspect.isawaitable(result) or inspect.isasyncgen(result) or inspect.isgenerator(result):
+                    raise TypeError(f"the handler is no `async def`, but returned a {type(result).__name__}")
             else:
                 result = await runtime.handler.call(event, Context(self))
             if self.stop_reason is None and result is not None:
@@ -150,7 +157,7 @@ class Attempt:
                 if self.stop_reason is None:
                     self._finish()
                 else:
-                    self._stopped()
+                    self.stopped()
 
     def _raised(self, error: BaseException) -> None:
         """A CancelledError that nobody asked for came from inside the handler: a failure like any other."""
@@ -161,7 +168,7 @@ class Attempt:
         ):
             self.fail(error)
         else:
-            self._stopped()
+            self.stopped()
 
     def stop(self, reason: Stop) -> None:
         """Cancels the handler; code in a thread cannot be cancelled and is waited for."""
@@ -169,7 +176,8 @@ class Attempt:
         if self.task is not None and self._entered and not self.runtime.handler.threaded:
             self.task.cancel()
 
-    def _stopped(self) -> None:
+    def stopped(self) -> None:
+        """It ends for the reason for which it was told to stop."""
         if self.stop_reason is Stop.TIMEOUT:
             self.fail(TimeoutError(f"no end within {self.runtime.agent.timeout:g} s"))
         elif self.stop_reason is Stop.DRAIN:
@@ -254,12 +262,16 @@ class Attempt:
 
     async def wait_for(self, producer: Producer) -> None:
         """Room at the broker. The time that this takes is the broker's, not the handler's."""
-        loop, deadline = self.runtime.loop, self.deadline
-        before, self.deadline = loop.time(), _FOREVER
+        loop = self.runtime.loop
+        if not self._waiting:  # of several publishes at once the first stops the clock and the last lets it go on
+            self._left, self.deadline = self.deadline - loop.time(), _FOREVER
+        self._waiting += 1
         try:
             await producer.wait_ready()
         finally:
-            self.deadline = deadline + loop.time() - before
+            self._waiting -= 1
+            if not self._waiting:
+                self.deadline = loop.time() + self._left
 
     async def request(self, event_type: str, payload: Payload | None, timeout: float, **options: Any) -> AgentEvent:
         """Sends a request at once, under an id of its own: a rerun must not be swallowed by dedup."""

@@ -32,7 +32,7 @@ def after(attempt: Attempt, error: BaseException) -> None:
     if isinstance(error, RetryLater):
         try:
             later = _delay(error)
-        except ValueError as wrong:
+        except (TypeError, ValueError) as wrong:  # a handler's mistake is a failed attempt
             error = wrong
     fault = fault_of(error, runtime.redact)
     if later is not None:
@@ -141,7 +141,13 @@ class _Burial:
             return [letter]
         event = wire.failed_event(attempt.delivery, **names, failure=self._failure, event=attempt.event)
         headers = {"traceparent": wire.child_traceparent(attempt.delivery.headers, event.correlation_id)}
-        return [letter, wire.from_event(route, event, key="" if not route.by_correlation else None, headers=headers)]
+        try:
+            told_of = wire.from_event(route, event, key="" if not route.by_correlation else None, headers=headers)
+        except Exception as error:  # a schema or codec of the channel that agent.failed does not fit
+            self._announced = False
+            runtime.reports.alarm(f"no agent.failed for {attempt.delivery.position}: {runtime.redact(str(error))}")
+            return [letter]
+        return [letter, told_of]
 
     def _refused(self, error: BaseException) -> None:
         attempt = self._attempt
@@ -165,7 +171,7 @@ def _later(attempt: Attempt, delay: float, what: Callable[[], None]) -> None:
 
 
 def _delay(error: RetryLater) -> float:
-    """Seconds. Raises ValueError for a text that is no duration."""
+    """Seconds. Raises ValueError or TypeError for what is no duration."""
     return seconds(error.delay) if isinstance(error.delay, str) else float(error.delay)
 
 

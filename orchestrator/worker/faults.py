@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 
 from orchestrator.errors import DecodeError, OrchestratorError, PayloadError, Reject
 from orchestrator.worker.handlers import user_traceback
@@ -33,9 +34,19 @@ def fault_of(error: BaseException, redact: Callable[[str], str]) -> Fault:
         known = cls.__module__ == "builtins" or cls.__module__ == OrchestratorError.__module__
         names.append(cls.__qualname__ if known else f"{cls.__module__}.{cls.__qualname__}")
         names.append(cls.__name__)
+        names += _public_names(cls)
     final = next((reason for cls, reason in _FINAL if isinstance(error, cls)), None)
     message = error.message if isinstance(error, OrchestratorError) else _text(error)
     return Fault(tuple(dict.fromkeys(names)), redact(message), final)
+
+
+def _public_names(cls: type) -> Iterator[str]:
+    """pkg.errors.Error is raised, but `pkg.Error` is what people write: each package on the way that offers it."""
+    parts = cls.__module__.split(".")
+    for length in range(len(parts), 0, -1):
+        module = ".".join(parts[:length])
+        if getattr(sys.modules.get(module), cls.__name__, None) is cls:
+            yield f"{module}.{cls.__name__}"
 
 
 def traceback_of(error: BaseException, redact: Callable[[str], str]) -> str:

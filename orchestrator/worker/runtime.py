@@ -17,7 +17,7 @@ from orchestrator import wire
 from orchestrator.brokers.base import Consumer, Done, Ended, History, Left, Outgoing, Producer
 from orchestrator.errors import OrchestratorError
 from orchestrator.topology.model import Agent, Subscription, Topology
-from orchestrator.worker import endings, policy
+from orchestrator.worker import policy
 from orchestrator.worker.attempt import Attempt, Stage, Stop
 from orchestrator.worker.handlers import Loaded
 from orchestrator.worker.journal import Journal, Record, State
@@ -148,11 +148,12 @@ class Runtime:
         if await self.emptied(timeout):
             return
         for attempt in self.running():
-            attempt.stop(Stop.DRAIN)
+            if attempt.stop_reason is None:  # one that is at its timeout already has had its attempt
+                attempt.stop(Stop.DRAIN)
         if await self.emptied(_LAST_WORDS):
             return
         for attempt in self.running():
-            endings.give_back(attempt)  # code that does not stop: the process is about to end
+            attempt.stopped()  # code that does not stop: the process is about to end
         await self.emptied(_LAST_WORDS)
 
     def abandon(self) -> None:
@@ -258,13 +259,16 @@ class Runtime:
                 attempt.deadline = now + GRACE
             elif attempt.stop_reason is Stop.TIMEOUT:
                 self.blame(attempt)
+            elif attempt.stop_reason is Stop.REVOKED and now > attempt.deadline + GRACE:
+                self.blame(attempt, State.FREE)
         self._sweeping = bool(running)
         if running:
             self.loop.call_later(self._sweep_every, self._sweep)
 
-    def blame(self, attempt: Attempt) -> None:
-        """The culprit is known; the successor counts its attempt and spares the others."""
-        self.journal.set(attempt.slot, State.BLAMED)
+    def blame(self, attempt: Attempt, state: State = State.BLAMED) -> None:
+        """The culprit is known; the successor counts its attempt and spares the others. FREE: the event is another
+        worker's by now, and only the slot has to be won back."""
+        self.journal.set(attempt.slot, state)
         attempt.abandon()
         self._stuck += 1
         self._draining = True
