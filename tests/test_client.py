@@ -71,3 +71,9 @@ async def test_no_broker(tmp_path: Path) -> None:
     async with Client(tmp_path / "topology.yaml") as client:
         with pytest.raises(BrokerUnavailable, match=r"127\.0\.0\.1"):
             await client.publish("cno.task.run", {})
+
+
+async def test_metadata_that_is_not_json_is_a_payload_error(tmp_path: Path, nats_server: NatsServer) -> None:
+    async with staged(tmp_path, topology(nats_server.url, "cmeta"), HANDLER) as stage:
+        with pytest.raises(PayloadError, match="JSON"):
+            await stage.client.publish("cmeta.result.x", {}, metadata={"x": object()})

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 import uuid
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -283,3 +285,25 @@ def test_trace_context_keeps_the_trace() -> None:
     assert child.endswith("-00")
     derived = [wire.child_traceparent({"traceparent": "garbage"}, "c").split("-")[1] for _ in range(2)]
     assert derived[0] == derived[1] != "0" * 32
+
+
+def test_a_codec_that_makes_no_event_is_the_events_end_and_not_the_workers() -> None:
+    class Odd:
+        def decode(self, body: bytes, headers: Mapping[str, str], event_type: str | None, position: str) -> Any:
+            return {"event_type": "x"}
+
+        def encode(self, event: AgentEvent) -> bytes:
+            return b""
+
+    delivery = Delivery(body=b"{}", headers={}, event_type="x", channel="c", position="p:1", token=b"")
+    with pytest.raises(DecodeError, match="dict"):
+        wire.decode(delivery, Odd())
+
+
+@pytest.mark.parametrize("text", ["def (:", "1 / 0", "class half:\n    def decode(self): ..."])
+def test_a_codec_that_cannot_be_used_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    (tmp_path / "odd_codec.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "odd_codec", raising=False)
+    with pytest.raises(HandlerLoadError, match="odd_codec:half"):
+        wire.codec("odd_codec:half")

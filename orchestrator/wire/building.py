@@ -122,7 +122,10 @@ def from_event(
     """An Outgoing for a whole event. Raises PayloadError as `build` does."""
     content = payload_json(event.payload)
     route.check(content)
-    body = event.to_bytes()
+    try:
+        body = event.to_bytes()
+    except ValueError as error:
+        raise PayloadError(f"the event cannot be written as JSON: {error}") from error
     if key is None:
         key = event.correlation_id if route.by_correlation else route.key(from_json(body))
     out = dict(headers)

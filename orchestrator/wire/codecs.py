@@ -70,12 +70,16 @@ def codec(name: str) -> Codec:
     module_name, _, attribute = name.partition(":")
     try:
         found = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+        found = found() if isinstance(found, type) else found
+        for method in ("decode", "encode"):
+            if not callable(getattr(found, method, None)):
+                raise TypeError(f"it has no {method}()")
+    except Exception as error:  # user code
         raise HandlerLoadError(
-            f"the codec {name!r} cannot be imported: {error}",
+            f"the codec {name!r} cannot be imported: {type(error).__name__}: {error}",
             hint="write agent-event, json, or module:object with decode() and encode(), beside the topology file",
         ) from error
-    return cast(Codec, found() if isinstance(found, type) else found)
+    return cast(Codec, found)
 
 
 def only_type(channel: Channel) -> str | None:
@@ -88,7 +92,10 @@ def only_type(channel: Channel) -> str | None:
 def decode(delivery: Delivery, how: Codec, default_type: str | None = None) -> AgentEvent:
     """The event that was delivered. Raises DecodeError, whatever the codec raised."""
     try:
-        return how.decode(delivery.body, delivery.headers, delivery.event_type or default_type, delivery.position)
+        event = how.decode(delivery.body, delivery.headers, delivery.event_type or default_type, delivery.position)
+        if not isinstance(event, AgentEvent):
+            raise DecodeError(f"the codec made {type(event).__name__} of it, not an AgentEvent")
+        return event
     except (DecodeError, PayloadError):
         raise
     except Exception as error:
