@@ -219,6 +219,8 @@ def translate(error: KafkaError | BaseException, what: str, size: int = 0) -> Br
         return ResourceMissing(text, hint="run `orchestrator apply`")
     if code in (KafkaError.SASL_AUTHENTICATION_FAILED, KafkaError._AUTHENTICATION):
         return BrokerUnavailable(text, hint="check the broker's auth: in the topology")
+    if code in (KafkaError._INVALID_ARG, KafkaError._SSL):
+        return BrokerError(text, hint="check client: and tls: of the broker in the topology")
     return BrokerUnavailable(text, hint="is the broker running and reachable?")
 
 

@@ -37,7 +37,7 @@ from orchestrator.brokers.kafka.intake import Filter
 from orchestrator.brokers.kafka.ledger import backlog
 from orchestrator.brokers.kafka.reader import Settings
 from orchestrator.brokers.kafka.resources import Registry, Resources
-from orchestrator.errors import BrokerError, BrokerUnavailable, ResourceMissing
+from orchestrator.errors import BrokerError, ResourceMissing
 from orchestrator.topology.model import Broker, Channel, Subscription, Topology, matches
 
 #: How many records `lag` and `count` look at before they answer with an upper bound.
@@ -68,12 +68,11 @@ class KafkaConnection(Connection):
         cls, adapter: Adapter, topology: Topology, broker: Broker, name: str, patience: float
     ) -> KafkaConnection:
         config = client.configuration(broker, name)
-        admin = AdminClient(client.for_admin(config))
         try:
+            admin = AdminClient(client.for_admin(config))
             await asyncio.to_thread(admin.list_topics, timeout=patience)
         except KafkaException as error:
-            found = client.translate(error, f"cannot reach kafka://{client.address(broker)}")
-            raise BrokerUnavailable(found.message, hint=found.hint) from None
+            raise client.translate(error, f"cannot reach kafka://{client.address(broker)}") from None
         return cls(adapter, topology, broker, config, admin)
 
     # --- reconcile --------------------------------------------------------------------------------------------
