@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from enum import StrEnum
 from importlib import resources
 from pathlib import Path
@@ -57,7 +58,7 @@ def init(
     console.data(
         f"""{folder}/ is ready: topology.yaml says what runs, agents.py what it does.
 
-  cd {folder}
+  cd {shlex.quote(str(folder))}
   orchestrator dev                                       # starts it all and follows your edits
 
 and in a second terminal, in the same folder:

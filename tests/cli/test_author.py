@@ -13,6 +13,7 @@ from tests.cli.rig import Folder
 def test_init_makes_a_folder_that_validates_with_its_handlers(tmp_path: Path) -> None:
     done = Folder(tmp_path).ok("init", "My Shop!")
     assert "orchestrator dev" in done.out
+    assert "cd 'My Shop!'" in done.out
     made = Folder(tmp_path / "My Shop!")
     assert "my-shop: valid" in made.ok("validate", "--strict", "--handlers").out
 
