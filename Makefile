@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 BROKER ?= nats
+JOBS ?= 4  # test processes: most of a test is waiting, so two for each core
 
 .PHONY: demo test lint bench soak clean
 
@@ -10,7 +11,7 @@ demo: .venv/.core  ## the content pipeline on an embedded NATS server, told step
 
 test: .venv/.dev lint  ## everything; installs what it needs
 	@bash tests/servers/install.sh
-	$(BIN)/python -m pytest -m "not soak"
+	$(BIN)/python -m pytest -m "not soak" -n $(JOBS) --dist worksteal
 
 lint: .venv/.dev
 	$(BIN)/ruff check .
