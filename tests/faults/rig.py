@@ -20,6 +20,7 @@ from typing import Any
 import psutil
 
 from orchestrator import Client
+from orchestrator.topology import load
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -57,6 +58,7 @@ class Site:
         self.record.touch()
         self.topology = topology.format(url=url, record=self.record)
         (folder / "topology.yaml").write_text(self.topology)
+        self.loaded = load([folder / "topology.yaml"]).topology  # for the publisher, whatever becomes of the file
         (folder / "handlers.py").write_text((HERE / "handlers.py").read_text())
         self._env = {**os.environ, **env}
         self.process: subprocess.Popen[bytes] | None = None
@@ -138,7 +140,7 @@ class Site:
 
     async def publish_each(self, events: Iterable[tuple[int, str]], *, pause: float = 0.0) -> None:
         """As fast as the broker confirms, or with a pause after each; through its outages too."""
-        async with Client(self.folder / "topology.yaml") as client:
+        async with Client(self.loaded) as client:
             room = asyncio.Semaphore(64)
 
             async def one(n: int, kind: str) -> None:

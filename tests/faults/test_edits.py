@@ -111,6 +111,7 @@ async def test_agents_and_subscriptions_come_and_go_under_load(server: Server, s
         done = await asyncio.to_thread(made.run, "apply", "--yes", "--prune")
         assert done.returncode == 0, done.stderr
         assert made.agent()["pids"] == pids
+    assert made.run("plan", "--exit-code").returncode == 0, "something of the old agents is left"
     await publishing
     await made.all_handled(TOTAL)
     assert set(made.runs().values()) == {1}
@@ -119,23 +120,30 @@ async def test_agents_and_subscriptions_come_and_go_under_load(server: Server, s
 
 
 @both
-async def test_an_agent_renamed_with_events_waiting_keeps_them_or_says_so(server: Server, site: Sites) -> None:
-    """In a queue the new name reads on where the old one stopped."""
+async def test_an_agent_renamed_under_load_reads_on_with_its_group(server: Server, site: Sites) -> None:
     made = site(server.url)
+    file = made.folder / "topology.yaml"
     await made.start()
     publishing = asyncio.create_task(made.publish(range(300), "slow", pause=0.01))
     await made.until(lambda: made.handled() > 30, "some handled")
-    (made.folder / "topology.yaml").write_text(made.topology.replace("  worker:\n", "  renamed:\n"))
+    (group,) = {s.group for s in made.loaded.agents["worker"].subscriptions}
+    file.write_text(made.topology.replace("  worker:\n", f"  renamed:\n    group: {group}\n"))
     done = await asyncio.to_thread(made.run, "apply", "--yes", "--prune")
+    assert done.returncode == 0, done.stderr
     await publishing
-    if done.returncode:  # refused: then by name, with the command that goes on
-        assert "--allow-loss" in done.stderr, done.stderr
-        await made.all_handled(300)
-        done = await asyncio.to_thread(made.run, "apply", "--yes", "--prune")
-        assert done.returncode == 0, done.stderr
     await made.all_handled(300)
-    await made.publish(range(300, 320))
-    await made.all_handled(320)
-    assert set(made.runs()) == set(range(320))
+    assert set(made.runs().values()) == {1}
     assert made.letters() == []
     assert await made.stop() == 0
+
+
+@both
+async def test_an_agent_renamed_with_events_waiting_is_told_how_to_keep_them(server: Server, site: Sites) -> None:
+    made = site(server.url)
+    assert made.run("apply", "--yes", "--no-workers").returncode == 0
+    await made.publish(range(9))
+    (made.folder / "topology.yaml").write_text(made.topology.replace("  worker:\n", "  renamed:\n"))
+    done = made.run("apply", "--yes", "--no-workers", "--prune")
+    assert done.returncode == 1
+    (group,) = {s.group for s in made.loaded.agents["worker"].subscriptions}
+    assert f"`group: {group}`" in done.stderr
