@@ -22,6 +22,19 @@ from orchestrator.wire.names import child_id, is_event_type, uuid5
 from orchestrator.wire.routes import Route, payload_json
 
 _fromtimestamp = datetime.fromtimestamp
+_second: tuple[int, bytes] = (-1, b"")  # Unix seconds, and the same as text
+
+
+def _now_json() -> bytes:
+    """The present time as RFC 3339. The text of a second serves every event that is built in it."""
+    global _second
+    now = clock.now()
+    second, text = _second
+    if int(now) != second:
+        second = int(now)
+        text = _fromtimestamp(second, UTC).strftime("%Y-%m-%dT%H:%M:%S").encode()
+        _second = second, text
+    return b"%b.%06dZ" % (text, (now - second) * 1e6)
 
 
 class Origin:
@@ -86,7 +99,7 @@ def build(
             b"null" if target_agent is None else to_json(target_agent),
             origin.correlation_json,
         ) + b'"timestamp":"%b","payload":%b,"metadata":%b}' % (
-            _fromtimestamp(clock.now(), UTC).isoformat().encode(),
+            _now_json(),
             content,
             meta,
         )

@@ -6,6 +6,7 @@ handler -> lifespan -> connect, open, recover (again and again while the broker 
 from __future__ import annotations
 
 import asyncio
+import gc
 import inspect
 import os
 import signal
@@ -32,6 +33,7 @@ from orchestrator.worker.spec import WorkerSpec
 DRAINED, CRASHED, NOT_LOADED = 0, 70, 78
 _RETRY_CONNECT = (0.2, 5.0)  # seconds between tries: first, most
 _ORPHAN_DRAIN = 5.0  # seconds to drain when the supervisor is gone
+_GARBAGE = 5000  # objects more than before until the collector looks: some 64 events in flight are no garbage
 _OTHERS = 1.0  # seconds that the neighbours of a stubborn attempt get
 
 
@@ -100,6 +102,8 @@ class Worker:
                 runtime = starting.result()
                 if self._paused:
                     runtime.pause()
+                gc.freeze()  # what a worker is made of stays: the collector need not look at it again and again
+                gc.set_threshold(_GARBAGE, *gc.get_threshold()[1:])
                 self._control.send("ready")
                 runtime.go()
                 await stopping

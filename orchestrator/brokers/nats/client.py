@@ -99,7 +99,7 @@ class Link:
 
     @property
     def connected(self) -> bool:
-        return bool(self.client.is_connected)
+        return self.client.is_connected
 
     @property
     def info(self) -> Json:

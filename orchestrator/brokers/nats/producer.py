@@ -309,11 +309,14 @@ def head(message_id: str, correlation_id: str, headers: dict[str, str], extra: b
     text = f"NATS/1.0\r\nNats-Msg-Id: {message_id}\r\n" if message_id else "NATS/1.0\r\n"
     text += f"correlation-id: {correlation_id}\r\n"
     for name, value in headers.items():
-        lower = name.lower()
-        if lower == "correlation-id":
-            continue
-        if not _HEADER_NAME.fullmatch(name) or lower.startswith("nats-"):
-            raise PublishRejected(f"{name!r} cannot be a header of an event", hint="Nats-* names are the server's own")
+        if name != "traceparent":  # ours, in each event
+            lower = name.lower()
+            if lower == "correlation-id":
+                continue
+            if not _HEADER_NAME.fullmatch(name) or lower.startswith("nats-"):
+                raise PublishRejected(
+                    f"{name!r} cannot be a header of an event", hint="Nats-* names are the server's own"
+                )
         if _LINE_BREAK.search(value):
             raise PublishRejected(f"the header {name} holds a line break", hint="headers are one line of text")
         text += f"{name}: {value}\r\n"
