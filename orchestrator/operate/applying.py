@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from typing import Any, Literal
 
 from orchestrator.brokers.embedded import serving
 from orchestrator.errors import SupervisorError
+from orchestrator.operate.handover import Handover, without_workers
 from orchestrator.operate.session import session
 from orchestrator.reconcile import service
 from orchestrator.reconcile.plan import Operation, Plan
@@ -67,13 +69,17 @@ async def apply(
     RefusedError, PlanError, BrokerUnavailable, SupervisorError.
     """
     async with serving(topology):
-        await reconcile(topology, consent, listener, saved=saved)
         if workers is Workers.NONE:
+            before = await running_topology(topology)
+            prepare = partial(without_workers, topology, before) if before is not None else None
+            await reconcile(topology, consent, listener, saved=saved, prepare=prepare)
             return 0
         if running(topology.state_dir):
-            await ControlClient(topology.state_dir).update(topology, listener.progress)
+            client = ControlClient(topology.state_dir)
+            await edit(topology, consent, listener, partial(client.update, topology, listener.progress), saved=saved)
             listener.say("the running supervisor has taken it over")
             return 0
+        await reconcile(topology, consent, listener, saved=saved)
         if workers is Workers.FOREGROUND:
             supervisor = Supervisor(topology, output=foreground(topology.state_dir, logs))
             return await supervisor.run()
@@ -81,8 +87,30 @@ async def apply(
         return 0
 
 
+async def edit(
+    topology: Topology,
+    consent: Consent,
+    listener: Listener,
+    update: Callable[[], Awaitable[None]],
+    *,
+    saved: Plan | None = None,
+) -> None:
+    """Reconciles around `update`, which hands the topology to the supervisor that runs. Raises what both raise."""
+    before = await ControlClient(topology.state_dir).topology()
+    handover = Handover(topology, before, consent, listener.say)
+    await reconcile(topology, consent, listener, saved=saved, prepare=handover.prepare)
+    await update()
+    await handover.finish(listener.report)
+
+
 async def reconcile(
-    topology: Topology, consent: Consent, listener: Listener, *, saved: Plan | None = None, destroy: bool = False
+    topology: Topology,
+    consent: Consent,
+    listener: Listener,
+    *,
+    saved: Plan | None = None,
+    destroy: bool = False,
+    prepare: Callable[[Plan], Awaitable[Plan]] | None = None,
 ) -> Plan:
     """Plans, confirms and carries out; returns the plan."""
     agents = await running_agents(topology)
@@ -95,6 +123,7 @@ async def reconcile(
             saved=saved,
             confirm=listener.confirm,
             report=listener.report,
+            prepare=prepare,
             destroy=destroy,
         )
 
@@ -113,9 +142,13 @@ async def destroy(topology: Topology, consent: Consent, decide: Callable[[Plan],
 
 async def running_agents(topology: Topology) -> dict[str, Agent] | None:
     """What the supervisor of this topology runs; None when there is none."""
-    if not running(topology.state_dir):
-        return None
-    return dict((await ControlClient(topology.state_dir).topology()).agents)
+    before = await running_topology(topology)
+    return dict(before.agents) if before is not None else None
+
+
+async def running_topology(topology: Topology) -> Topology | None:
+    """The revision that the supervisor runs; None when there is none."""
+    return await ControlClient(topology.state_dir).topology() if running(topology.state_dir) else None
 
 
 async def detach(topology: Topology, listener: Listener) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from functools import partial
 
 from orchestrator.brokers.embedded import serving
 from orchestrator.errors import LockedError, OrchestratorError
-from orchestrator.operate.applying import Listener, reconcile
+from orchestrator.operate.applying import Listener, edit, reconcile
 from orchestrator.reconcile.planner import Consent
 from orchestrator.supervisor.control import running
 from orchestrator.supervisor.logs import foreground
@@ -86,8 +87,9 @@ async def _edit(
                 hint="stop dev, then start it again to run the new one",
             )
         watcher.watch(fresh.root, fresh.files)
-        await reconcile(fresh, consent, listener)
-    await supervisor.update(fresh)  # its steps are in the log, which is shown here already
+        await edit(fresh, consent, listener, partial(supervisor.update, fresh))  # its steps are in the log, shown here
+    else:
+        await supervisor.update(fresh)
     listener.say("the edit is running")
     return fresh
 

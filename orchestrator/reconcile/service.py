@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from urllib.parse import urlsplit
 
@@ -75,13 +75,15 @@ async def apply(
     saved: Plan | None = None,
     confirm: Callable[[Plan], None] = lambda plan: None,
     report: Callable[[Operation], None] = lambda operation: None,
+    prepare: Callable[[Plan], Awaitable[Plan]] | None = None,
     destroy: bool = False,
     patience: float = 10.0,
 ) -> Plan:
     """Plans and carries out under the apply lock; returns the plan that was carried out.
 
-    `confirm` is called with the plan, and raises to stop. `saved` is a plan from a file: its consent counts, and it
-    is refused when file or brokers have changed since. Raises LockedError, RefusedError, PlanError, BrokerUnavailable.
+    `confirm` is called with the plan, and raises to stop; then `prepare` may leave out what has to wait. `saved` is a
+    plan from a file: its consent counts, and it is refused when file or brokers have changed since. Raises LockedError,
+    RefusedError, PlanError, BrokerUnavailable.
     """
     if saved is not None:
         consent = Consent(saved.prune, frozenset(saved.allow_loss))
@@ -92,6 +94,8 @@ async def apply(
                 "the plan is stale: " + "; ".join(reasons), hint="make it again: orchestrator plan --out FILE"
             )
         confirm(plan)
+        if prepare is not None and not plan.refused:
+            plan = await prepare(plan)
         await execute(plan, connections, report=report)
         return plan
 
