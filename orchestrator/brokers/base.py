@@ -70,6 +70,11 @@ class History:
         fresh = asdict(History())
         return json.dumps({k: v for k, v in asdict(self).items() if v != fresh[k]}, separators=(",", ":")).encode()
 
+    def rest(self, now: float) -> float:
+        """Seconds until it may run; 0 when its failure lies ahead of `now`: the clock was set back, and waiting for the
+        old time would take as long as the jump."""
+        return 0.0 if self.last_failed_at > now + 1 else max(0.0, self.not_before - now)
+
     @classmethod
     def decode(cls, data: bytes) -> History:
         """Unknown keys (from a newer version) are ignored. Raises ValueError when the bytes are not ours."""

@@ -78,8 +78,8 @@ class Fault:
 def before_run(history: History, redelivered: bool, policy: RetryPolicy, now: float) -> Run | DeadLetter | Wait:
     """What to do with a delivery. A run that was marked and never heard of again happened on a host that is lost: it
     counts as a crash here, as on_crash counts those that left a journal."""
-    if history.not_before - now > _EARLY:
-        return Wait(history.not_before - now)
+    if (rest := history.rest(now)) > _EARLY:
+        return Wait(rest)
     if history.open:
         history = on_crash(history, Ended.STARTED_ALONE if history.alone else Ended.STARTED, only_one=False)
         redelivered = True

@@ -35,6 +35,12 @@ def steady() -> float:
     return 0.5
 
 
+def test_a_clock_that_was_set_back_holds_nothing_up():
+    failed = History(attempts=1, last_failed_at=5000.0, not_before=5010.0)
+    assert isinstance(before_run(failed, False, RetryPolicy(), 5001.0), Wait)
+    assert isinstance(before_run(failed, False, RetryPolicy(), 1400.0), Run)
+
+
 @pytest.mark.parametrize(
     ("history", "redelivered", "expected"),
     [

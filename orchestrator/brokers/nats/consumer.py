@@ -200,7 +200,7 @@ class NatsConsumer(Vigil):
         if record is not None:
             delivery.stored = True
             delivery.history = record.history
-            rest = record.history.not_before - time.time()
+            rest = record.history.rest(time.time())
             if rest > _EARLY:
                 self._give_back(delivery, rest)
                 self._ask()
