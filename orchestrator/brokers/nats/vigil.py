@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from orchestrator.brokers.nats.connection import NatsConnection
 
 _LOOK = 2.0  # seconds between looks for unread events that were trimmed
+_GRACE = 1.0  # seconds before what is gone is made again
 
 
 class Vigil(ABC):
@@ -167,10 +168,14 @@ class Vigil(ABC):
         that lease: it may be running elsewhere."""
         now = time.time()
         for record in self._known.values():
-            if record.history.not_before > now:
-                self._nak(record.reply, record.history.not_before - now)
+            if (rest := record.history.rest(now)) > 0:
+                self._nak(record.reply, rest)
 
     async def _heal(self, missing: ResourceMissing) -> None:
+        self._say(missing.message)
+        await asyncio.sleep(_GRACE)  # an apply that deletes it on purpose is about to stop us, or to put another there
+        if not self._reading:
+            return
         try:
             healed = await self._connection.heal(self._subscription, self._floor)
         except OrchestratorError as error:
