@@ -68,6 +68,7 @@ def tell(demo: Demo) -> None:
     demo.run("publish", "task.created", '{"query": "durable consumers"}', "--correlation-id", "demo-1")
     demo.wait("the review of demo-1", lambda: "review.completed" in demo.types("demo-1"))
     demo.run("trace", "demo-1")
+    demo.run("logs", "triage", "research", "writing", "review")
 
     say("Another one names no query. Research fails on it three times; then it waits as a dead letter.")
     demo.run("publish", "task.assigned", '{"topic": "retries"}', "--correlation-id", "demo-2")
