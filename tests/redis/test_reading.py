@@ -125,9 +125,9 @@ async def test_a_dead_worker_is_relieved(both: Rig, raw: Any, short_lease: None)
 async def test_without_the_takeover_that_would_be_seen(
     rig: Rig, short_lease: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    line = "      elseif reap and now - seen > lease then\n        move(s, c.name, c.pending)\n"
-    assert line in scripts.BEAT
-    monkeypatch.setattr(scripts, "BEAT", scripts.BEAT.replace(line, ""))
+    rule = "(at == 0 or reap and at > 0 and now - at > lease)"
+    assert rule in scripts.BEAT
+    monkeypatch.setattr(scripts, "BEAT", scripts.BEAT.replace(rule, "(at == 0)"))
     async with rig.lab() as lab:
         assert not await takeover(lab)
 
@@ -201,6 +201,7 @@ async def test_unread_events_that_were_trimmed_are_told(both: Rig, raw: Any, rea
         else:
             assert len(reader.alarms) == 1
             assert "number unknown" in reader.alarms[0]
+            assert (await lab.lag("auditor")).unread_lost == -1
 
 
 async def test_a_queue_that_ages_tells_what_it_loses(both: Rig) -> None:

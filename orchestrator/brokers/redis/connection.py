@@ -124,8 +124,9 @@ class RedisConnection(Connection):
         await self.count(channel)
         info = await self._resources.stream_info(stream)
         last = resources.position(start)
+        end = info["last-generated-id"].decode()
         if last == "$":
-            last = info["last-generated-id"].decode()
+            last = end
         client = await self.link.fresh(stream)
         try:
             while True:
@@ -136,6 +137,8 @@ class RedisConnection(Connection):
                     return
                 for entry, flat in found[0][1] if found else ():
                     last = entry.decode()
+                    if not follow and _place(last) > _place(end):
+                        return
                     body, headers, kind = parse(flat)
                     wanted = not events or (kind is not None and any(matches(p, kind) for p in events))
                     if wanted and ("dlq-agent" in headers) == dead_letters:
@@ -231,13 +234,17 @@ class RedisConnection(Connection):
         return str(found[1].decode()) if found else "unknown"
 
     async def close(self) -> None:
-        for consumer in self._consumers:
-            await consumer.close()
+        await asyncio.gather(*(consumer.close() for consumer in self._consumers))
         for inbox in self._replies:
             await inbox.close()
         for pump in self._pumps.values():
             await pump.close(3.0)
         await self.link.close()
+
+
+def _place(entry: str) -> tuple[int, int]:
+    left, _, right = entry.partition("-")
+    return int(left), int(right)
 
 
 def _sync_fact(value: str) -> Fact:

@@ -21,9 +21,9 @@ from redis.exceptions import NoScriptError
 
 from orchestrator.brokers.base import FRESH, Consumer, Delivery, Done, Ended, History, Left, Outgoing, Sink
 from orchestrator.brokers.redis import scripts
-from orchestrator.brokers.redis.entries import parse, type_in
+from orchestrator.brokers.redis.entries import parse
 from orchestrator.brokers.redis.link import ERRORS, passing
-from orchestrator.brokers.redis.producer import Op, Source
+from orchestrator.brokers.redis.producer import Source
 from orchestrator.brokers.redis.settling import Holdings, RedisDelivery
 from orchestrator.errors import BrokerError, ResourceMissing
 from orchestrator.topology.model import Channel, Subscription, matches
@@ -50,6 +50,7 @@ class RedisConsumer(Consumer):
         self._asked = 0  # COUNT of the read under way
         self._trimmed = -1
         self._unbroken = 0.0  # loop time since when every heartbeat has been answered; 0: the last was not
+        self._beaten = 0.0, 0  # the last heartbeat: loop time, and milliseconds of the server's clock
         self._troubles: dict[str, str] = {}
         self._told: str | None = None
         self._take_at = 0.0
@@ -74,10 +75,10 @@ class RedisConsumer(Consumer):
         self._loop = asyncio.get_running_loop()
         self._pump = self._connection.pump(main.stream)
         self._held.sink, self._held.pump = sink, self._pump
-        self._pump.listeners.add(self._pump_trouble)
         await self._beat()
         if self._counts:
             self._lost(await self._link.script(scripts.LOST, [main.stream], *main.args, self._counts))
+        self._pump.listeners.add(self._pump_trouble)
         self._tasks = [
             self._loop.create_task(self._read_on(), name=f"redis read {self.me}"),
             self._loop.create_task(self._beat_on(), name=f"redis beat {self.me}"),
@@ -101,18 +102,21 @@ class RedisConsumer(Consumer):
                 pause = 0.1
                 continue
             except ERRORS as error:
-                await self._forget_reader()
-                self._held.suspect = True
-                if str(error).startswith(("NOGROUP", "UNBLOCKED")):
-                    await self._held.heal()
-                    continue
                 if isinstance(error, NoScriptError):
-                    continue  # the server forgot its scripts: the next reader loads them
-                self._link.doubt(error)
-                reason = str(self._link.explain(error)) if passing(error) else f"{self._link.address}: {error}"
-                self._trouble("read", reason)
+                    pause = 0.0  # the server forgot its scripts: the next reader loads them
+                elif str(error).startswith(("NOGROUP", "UNBLOCKED")):
+                    await self._held.heal()
+                else:
+                    self._link.doubt(error)
+                    known = str(self._link.explain(error)) if passing(error) else f"{self._link.address}: {error}"
+                    self._trouble("read", known)
+            except Exception as error:  # a mistake of ours: it must be seen, and reading must go on
+                _log.exception("reading %s failed", self._channel.address)
+                self._trouble("read", f"{type(error).__name__}: {error}")
+            await self._forget_reader()
+            self._held.suspect = True
             await asyncio.sleep(pause)
-            pause = min(1.0, 2 * pause)
+            pause = min(1.0, 2 * pause or 0.1)
         await self._forget_reader()
 
     async def _read_once(self) -> None:
@@ -138,8 +142,7 @@ class RedisConsumer(Consumer):
         self._take_at = self._loop.time() + (min(BLOCK, wait / 1000) if wait >= 0 else BLOCK)
         if len(got) >= self._free:
             self._take_at = 0.0
-        if gone:
-            self._sink.alarm(f"{gone} events that waited for a retry were deleted from {self._channel.address}")
+        self._gone(gone)
         self._hand_out([self._delivery(source, entry, flat, n, kept) for source, entry, flat, n, kept in got])
 
     async def _read(self, wait: float) -> None:
@@ -189,19 +192,12 @@ class RedisConsumer(Consumer):
     def _unblock(self) -> None:
         """Ends a blocked read without losing what it may just be given, as cancelling it would."""
         if self._asked:
+            self._asked = 0  # once is enough
             self._held.beside(self._link.call(self._channel.address, "CLIENT", "UNBLOCK", self._reader_id))
 
     def _delivery(self, source: int, entry: bytes, flat: Sequence[bytes], count: int, kept: bytes | None) -> Delivery:
         body, headers, event_type = parse(flat or ())
-        if event_type is None:
-            event_type = type_in(body)
         place = entry.decode()
-        history = FRESH
-        if kept:
-            try:
-                history = History.decode(kept)
-            except (ValueError, TypeError):
-                _log.warning("the history of %s is unreadable and is begun anew", place)
         delivery = RedisDelivery(
             body=body,
             headers=headers,
@@ -211,7 +207,7 @@ class RedisConsumer(Consumer):
             token=f"{source} {place} {self.me}".encode(),
             time=int(place.partition("-")[0]) / 1000,
             redelivered=count > 1,
-            history=history,
+            history=_history(entry, kept) if kept else FRESH,
         )
         delivery.source, delivery.entry, delivery.kept, delivery.orphan = source, entry, bool(kept), False
         return delivery
@@ -253,6 +249,10 @@ class RedisConsumer(Consumer):
         what = f"{count} unread events were" if count > 0 else "unread events (number unknown before Redis 7) were"
         self._sink.alarm(f"{what} trimmed from {self._channel.address} before {self._subscription.agent} read them")
 
+    def _gone(self, count: int) -> None:
+        if count:
+            self._sink.alarm(f"{count} events that waited to run again were deleted from {self._channel.address}")
+
     # --- ends -------------------------------------------------------------------------------------------------
 
     def settle(self, delivery: Delivery, outputs: Sequence[Outgoing], done: Done) -> None:
@@ -286,17 +286,25 @@ class RedisConsumer(Consumer):
             except BrokerError as error:
                 self._unbroken = 0.0
                 self._trouble("beat", str(error))
+            except Exception as error:  # a mistake of ours: it must be seen, and the lease be kept
+                _log.exception("a heartbeat of %s failed", self.me)
+                self._trouble("beat", f"{type(error).__name__}: {error}")
 
     async def _beat(self, dead: Sequence[str] = ()) -> None:
-        now = self._loop.time()
+        now, (last, clock) = self._loop.time(), self._beaten
+        if now - last > LEASE / 2:
+            self._unbroken = 0.0  # this process stood still, so others may have
         reap = bool(self._unbroken) and now - self._unbroken > LEASE
+        expected = int(clock + 1000 * (now - last))
         age = int((self._channel.retention.max_age or 0) * 1000) if not self._channel.external else 0
         args = [part for source in self._held.sources for part in source.args]
         keys = [source.stream for source in self._held.sources]
-        given_up, epoch, trimmed, _ = await self._link.script(
-            scripts.BEAT, keys, int(LEASE * 1000), int(reap), age, len(dead), *dead, len(self._held.sources), *args
-        )
-        self._unbroken = self._unbroken or now
+        head = (int(LEASE * 1000), int(reap), expected, age, len(dead), len(self._held.sources))
+        given_up, epoch, trimmed, gone, clock = await self._link.script(scripts.BEAT, keys, *head, *dead, *args)
+        if not self._unbroken or abs(clock - expected) > LEASE * 500:
+            self._unbroken = now
+        self._beaten = now, clock
+        self._gone(gone)
         self._held.suspect = True
         if self._held.epoch is None:
             self._held.epoch = epoch
@@ -346,13 +354,10 @@ class RedisConsumer(Consumer):
             self._take_at = 0.0
 
     async def _recover_one(self, source: Source, entry: bytes, owner: str, ended: Ended, kept: bytes) -> None:
-        history = History.decode(kept) if kept else FRESH
+        text = b""
         if ended is not Ended.RETURNED:
-            history = self._sink.on_crash(history, ended)
-        stored: asyncio.Future[str] = self._loop.create_future()
-        args = (entry, owner, b"" if history == FRESH else history.encode(), 0, 0)
-        self._pump.add(Op("back", lambda op, word: stored.set_result(word), source, args))
-        await stored  # a word means that it was settled or taken meanwhile
+            text = self._sink.on_crash(_history(entry, kept), ended).encode()
+        await self._held.put_back(source, entry, owner, text, 0)
 
     # --- the end ----------------------------------------------------------------------------------------------
 
@@ -363,7 +368,7 @@ class RedisConsumer(Consumer):
         self._wake.set()
         self._unblock()
         if self._tasks:
-            await asyncio.wait([self._tasks[0]], timeout=8.0)
+            await asyncio.wait([self._tasks[0]], timeout=3.0)
 
     async def close(self) -> None:
         if self._closed or not self._tasks:
@@ -381,7 +386,7 @@ class RedisConsumer(Consumer):
         await self._forget_reader()
         args = [part for source in self._held.sources for part in source.args]
         keys = [source.stream for source in self._held.sources]
-        with contextlib.suppress(BrokerError):  # the lease ends what is left of us
+        with contextlib.suppress(BrokerError, asyncio.TimeoutError):  # the lease ends what is left of us
             await asyncio.wait_for(self._link.script(scripts.LEAVE, keys, len(self._held.sources), *args), 3.0)
 
     def _pump_trouble(self, reason: str | None) -> None:
@@ -396,3 +401,11 @@ class RedisConsumer(Consumer):
         if now != self._told:
             self._told = now
             self._sink.trouble(now)
+
+
+def _history(entry: bytes, kept: bytes) -> History:
+    try:
+        return History.decode(kept) if kept else FRESH
+    except (ValueError, TypeError):
+        _log.warning("the history of %s is unreadable and is begun anew", entry.decode())
+        return FRESH

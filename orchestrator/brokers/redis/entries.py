@@ -8,6 +8,9 @@ from collections.abc import Sequence
 from orchestrator.brokers.base import Outgoing
 from orchestrator.errors import PublishRejected
 
+#: A script can write no more than some 4,000 fields. Of an entry with too many so few are kept that its dead letter,
+#: which has them and its own, is below the limit.
+_TOO_MANY, _KEPT = 1200, 1000
 _RESERVED = frozenset({"event_id", "event_type", "source_agent", "correlation_id", "payload"})
 
 
@@ -29,9 +32,10 @@ _IN_FIELDS = {"event-id": "event_id", "source-agent": "source_agent", "correlati
 
 
 def parse(flat: Sequence[bytes]) -> tuple[bytes, dict[str, str], str | None]:
-    """Body, headers and event type of an entry, whoever wrote it. Fields that are not text are surrogate-escaped."""
+    """Body, headers and event type of an entry, whoever wrote it; the type that the body names when no field does.
+    Fields that are not text are surrogate-escaped, and those of an entry with too many are left out."""
     body, event_type, headers, known = b"", None, {}, {}
-    pairs = iter(flat)
+    pairs = iter(flat if len(flat) <= 2 * _TOO_MANY else _shortened(flat))
     for name, value in zip(pairs, pairs, strict=False):
         if name == b"payload":
             body = value
@@ -42,14 +46,18 @@ def parse(flat: Sequence[bytes]) -> tuple[bytes, dict[str, str], str | None]:
                 known[header] = value.decode("utf-8", "surrogateescape")
         else:
             headers[name.decode("utf-8", "surrogateescape")] = value.decode("utf-8", "surrogateescape")
-    return body, {**known, **headers}, event_type
+    return body, {**known, **headers}, event_type if event_type is not None else _type_in(body)
 
 
 _OF_FIELDS = {field.encode(): header for header, field in _IN_FIELDS.items()}
 
 
-def type_in(body: bytes) -> str | None:
-    """The type that the body names, for entries of clients that write no field for it."""
+def _shortened(flat: Sequence[bytes]) -> Sequence[bytes]:
+    at = next((n for n in range(0, len(flat) - 1, 2) if flat[n] == b"payload"), 0)
+    return [*flat[at : at + 2], *flat[: 2 * _KEPT]]
+
+
+def _type_in(body: bytes) -> str | None:
     try:
         found = json.loads(body)
     except ValueError:

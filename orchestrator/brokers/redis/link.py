@@ -25,6 +25,7 @@ from redis.exceptions import (
     RedisError,
     ResponseError,
     TimeoutError,
+    TryAgainError,
 )
 
 from orchestrator.brokers.redis import scripts
@@ -32,7 +33,7 @@ from orchestrator.errors import BrokerError, BrokerUnavailable, OrchestratorErro
 from orchestrator.topology.model import Broker
 
 #: What passes by itself: lost connections, failover, loading, resharding.
-_PASSING = (ConnectionError, TimeoutError, OSError, ReadOnlyError, ClusterError, AskError)
+_PASSING = (ConnectionError, TimeoutError, OSError, ReadOnlyError, ClusterError, AskError, TryAgainError)
 _PASSING_WORDS = ("READONLY", "MISCONF", "NOREPLICAS", "LOADING", "CLUSTERDOWN", "TRYAGAIN", "MASTERDOWN", "BUSY ")
 ERRORS = (RedisError, OSError)  # all that the library raises
 
@@ -192,7 +193,7 @@ class Link:
             client = self._client(seed)
             try:
                 found = await cast(Any, client).execute_command("CLUSTER", "SLOTS")
-                self._slots = [(f, t, (node[0].decode() or seed[0], node[1])) for f, t, node, *_ in found]
+                self._slots = [(f, t, ((node[0] or b"").decode() or seed[0], node[1])) for f, t, node, *_ in found]
                 return
             except ERRORS as failure:
                 error = failure
@@ -218,4 +219,9 @@ async def _send(client: Redis, command: tuple[Any, ...]) -> Any:
 
 def _host(text: str, default: int) -> tuple[str, int]:
     parsed = urlsplit(f"//{text}")
-    return parsed.hostname or "localhost", parsed.port or default
+    try:
+        return parsed.hostname or "localhost", parsed.port or default
+    except ValueError:  # its words would repeat what may be half a password
+        raise OrchestratorError(
+            "a broker's url names a port that is no number", hint="write / # ? @ : in a password as %2F %23 %3F %40 %3A"
+        ) from None

@@ -105,7 +105,7 @@ class Pump:
                 _log.exception("a batch of %d could not be sent", len(batch))
                 waiting = []
                 for op in batch:
-                    op.finish(op, f"{type(error).__name__}: {error}")
+                    asyncio.get_running_loop().call_soon(op.finish, op, f"{type(error).__name__}: {error}")
             self._queue.extendleft(reversed(waiting))
             if waiting:
                 await asyncio.sleep(pause)
@@ -123,9 +123,9 @@ class Pump:
         try:
             answers = await self._link.commit(batch_key(batch, self._key), self._pack(batch))
         except ERRORS as error:
+            for op in batch:
+                op.again = True  # what came before the one at fault has happened
             if passing(error):
-                for op in batch:
-                    op.again = True
                 self._say(str(self._link.explain(error)))
                 return batch
             if len(batch) > 1:  # one of them is at fault: find out which
@@ -339,7 +339,10 @@ class Replies:
                 for entry_id, flat in found[0][1] if found else ():
                     last = entry_id
                     body, headers, _ = parse(flat)
-                    self._receive(body, headers)
+                    try:
+                        self._receive(body, headers)
+                    except Exception:  # one reply that cannot be read must not cost all others theirs
+                        _log.exception("the reply %s could not be taken", entry_id)
         finally:
             await client.aclose()
 

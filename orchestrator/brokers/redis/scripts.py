@@ -175,7 +175,8 @@ local function put_all(outs)
   end
   local undo = {}
   for _, o in ipairs(outs) do
-    local why = put(o, undo)
+    local ok, why = pcall(put, o, undo) -- no error may leave an id behind whose event was not published
+    if not ok then why = failed(why) or tostring(why) end
     if why then
       for i = #undo, 1, -1 do redis.call(unpack(undo[i])) end
       return why
@@ -256,10 +257,15 @@ TAKE = (
 local n, got, gone, wait = num(), {}, 0, -1
 for i = 1, num() do
   local s = source()
-  local due = key(s, 'due')
+  local due, there = key(s, 'due'), redis.call('EXISTS', s.stream) == 1
   if i == 1 then
-    if redis.call('EXISTS', s.stream) == 0 then return {got, 0, -1} end
+    if not there then return {got, 0, -1} end
     flush_later(s.stream, s.base)
+  elseif not there then
+    gone = gone + redis.call('ZCARD', due)
+    redis.call('DEL', due, key(s, 'history'))
+  elseif not groups(s.stream)[s.group] then -- destroyed from outside: what is in an inbox is not settled
+    redis.call('XGROUP', 'CREATE', s.stream, s.group, '0')
   end
   for _, id in ipairs(redis.call('ZRANGEBYSCORE', due, '-inf', now, 'LIMIT', 0, n - #got)) do
     local who, count, err = holder(s, id)
@@ -276,9 +282,11 @@ for i = 1, num() do
     end
     redis.call('ZREM', due, id)
   end
-  if i == 2 and #got < n and redis.call('EXISTS', s.stream) == 1 then
+  if i == 2 and there and #got < n then
     local read = redis.call('XREADGROUP', 'GROUP', s.group, s.me, 'COUNT', n - #got, 'STREAMS', s.stream, '>')
-    for _, entry in ipairs(read and read[1][2] or {}) do got[#got + 1] = {1, entry[1], entry[2], 1, false} end
+    for _, entry in ipairs(read and read[1][2] or {}) do
+      got[#got + 1] = {1, entry[1], entry[2], 1, redis.call('HGET', key(s, 'history'), entry[1])}
+    end
   end
   for _, waiting in ipairs({due, i == 1 and s.base .. ':later' or nil}) do
     local next = redis.call('ZRANGE', waiting, 0, 0, 'WITHSCORES')[2]
@@ -289,59 +297,67 @@ return {got, gone, wait}
 """
 )
 
-#: Heartbeat, retention by age, and (with `reap`) the entries of dead workers. Answers {we had been given up, the
-#: group's epoch, entries of a queue trimmed so far, entries taken from the dead}.
+#: Heartbeat, retention by age, and (with `reap`) the entries of dead workers. `expected` is what the clock should show:
+#: when it was set, or this host slept, heartbeats say nothing of who is alive. Answers {we had been given up, the
+#: group's epoch, entries of a queue trimmed so far, entries of the dead that were deleted from outside, the time}.
 BEAT = (
     PRELUDE
     + """
-local lease, reap, age, dead = num(), arg() == '1', num(), {}
-for i = 1, num() do dead[arg()] = true end
-local all, main, taken = {}, nil, 0
-for i = 1, num() do all[i] = source() end
-main = all[1]
+local lease, reap, expected, age, deaths, sources = num(), arg() == '1', num(), num(), num(), num()
+local dead, all = {}, {}
+for i = 1, deaths do dead[i] = arg() end
+for i = 1, sources do all[i] = source() end
+reap = reap and math.abs(now - expected) < lease / 2
+local main, gone, kept = all[1], 0, {}
 local beat, meta = key(main, 'beat'), main.base .. ':meta'
-for name in pairs(dead) do redis.call('ZADD', beat, 0, name) end
+for _, name in ipairs(dead) do redis.call('ZADD', beat, 0, name) end
 local fresh = redis.call('ZADD', beat, now, main.me)
+local seen = named(redis.call('ZRANGE', beat, 0, -1, 'WITHSCORES'))
 trim_old(main.stream, main.base, age, main.queue)
 local g = groups(main.stream)[main.group]
 if g then redis.call('HSET', meta, 'position/' .. main.group, g['last-delivered-id']) end
 
-local function move(s, name, pending, count)
+-- true when nothing is left; what is left of a worker whose journal was read had not been started
+local function relieve(s, name, unstarted)
   for _, p in ipairs(redis.call('XPENDING', s.stream, s.group, '-', '+', 500, name)) do
-    redis.call('ZADD', key(s, 'due'), now, p[1])
-    redis.call('XCLAIM', s.stream, s.group, '@delayed', 0, p[1], 'JUSTID', 'RETRYCOUNT', count or p[4])
-    taken = taken + 1
+    local id, count = p[1], unstarted and math.max(0, p[4] - 1) or p[4]
+    redis.call('ZADD', key(s, 'due'), now, id)
+    if #redis.call('XCLAIM', s.stream, s.group, '@delayed', 0, id, 'JUSTID', 'RETRYCOUNT', count) == 0 then
+      redis.call('ZREM', key(s, 'due'), id)
+      redis.call('HDEL', key(s, 'history'), id)
+      gone = gone + 1
+    end
   end
-  if pending <= 500 and #redis.call('XPENDING', s.stream, s.group, '-', '+', 1, name) == 0 then
-    redis.call('XGROUP', 'DELCONSUMER', s.stream, s.group, name)
-    redis.call('ZREM', beat, name)
-  end
+  if #redis.call('XPENDING', s.stream, s.group, '-', '+', 1, name) > 0 then return false end
+  redis.call('XGROUP', 'DELCONSUMER', s.stream, s.group, name)
+  return true
 end
 for _, s in ipairs(all) do
   local consumers = redis.pcall('XINFO', 'CONSUMERS', s.stream, s.group)
   if failed(consumers) then consumers = {} end
   for _, flat in ipairs(consumers) do
     local c = named(flat)
+    local at = tonumber(seen[c.name] or -1)
     if c.name == '@delayed' then -- each must have a due time, whatever became of the zset
       if reap and c.pending > redis.call('ZCARD', key(s, 'due')) then
         for _, p in ipairs(redis.call('XPENDING', s.stream, s.group, '-', '+', 10000, '@delayed')) do
           redis.call('ZADD', key(s, 'due'), 'NX', now, p[1])
         end
       end
-    elseif c.name ~= main.me then
-      local seen = redis.call('ZSCORE', beat, c.name)
-      if seen and tonumber(seen) == 0 then -- its journal was read: what is left had not been started
-        move(s, c.name, c.pending, 0)
-      elseif not seen then
-        redis.call('ZADD', beat, now, c.name)
-      elseif reap and now - seen > lease then
-        move(s, c.name, c.pending)
-      end
+    elseif c.name == main.me or not (at == 0 or reap and at > 0 and now - at > lease) then
+      kept[c.name] = true -- new here, or heard of by a clock that was set back since: its lease begins
+      if at < 0 or at > now + lease then redis.call('ZADD', beat, now, c.name) end
+    elseif not relieve(s, c.name, at == 0) then
+      kept[c.name] = true
     end
   end
 end
+for name, at in pairs(seen) do
+  at = tonumber(at)
+  if not kept[name] and (at == 0 or reap and now - at > lease) then redis.call('ZREM', beat, name) end
+end
 return {fresh, redis.call('HGET', meta, 'epoch/' .. main.group) or '0',
-        tonumber(redis.call('HGET', meta, 'trimmed') or 0), taken}
+        tonumber(redis.call('HGET', meta, 'trimmed') or 0), gone, now}
 """
 )
 
@@ -368,7 +384,10 @@ else
   local field = 'next/' .. s.group
   local next = redis.call('XRANGE', s.stream, '(' .. last, '+', 'COUNT', 1)[1]
   local known = redis.call('HGET', meta, field)
-  if known and before(last, known) and (not next or before(known, next[1])) then lost = -1 end
+  if known and before(last, known) and (not next or before(known, next[1])) then
+    lost = -1
+    redis.call('HSET', meta, 'lost/' .. s.group, lost)
+  end
   if next then redis.call('HSET', meta, field, next[1]) else redis.call('HDEL', meta, field) end
 end
 return lost

@@ -147,6 +147,8 @@ class Holdings:
             elif word == "GONE" or word.startswith("NOGROUP"):
                 self.beside(self._doubt(mine, lambda: self.mark(mine, history, done), done))
             else:
+                self.live.pop((mine.source, mine.entry), None)
+                self.suspect = True  # nobody runs it: it is given back
                 done(refusal(word, f"marking {mine.position}"))
 
         if mine.orphan:
@@ -247,8 +249,9 @@ class Holdings:
         """Entries that are pending under our name and unknown here were read by an answer that never arrived."""
         for number, source in enumerate(self.sources):
             try:
+                most = len(self.live) + 500
                 found = await self._link.call(
-                    source.stream, "XPENDING", source.stream, source.group, "-", "+", 1000, self.me
+                    source.stream, "XPENDING", source.stream, source.group, "-", "+", most, self.me
                 )
             except BrokerUnavailable as error:
                 raise ConnectionError(str(error)) from error
@@ -256,13 +259,15 @@ class Holdings:
                 if "NOGROUP" in str(error) and number == 0:
                     await self.heal()
                 continue  # the inbox is made by the first redrive
-            for entry, _, _, count in found:
-                if (number, entry) not in self.live:
-                    args = (entry, self.me, b"", 0, count - 1)
-                    self.pump.add(Op("back", self.ignore, source, args))
+            lost = [(entry, count) for entry, _, _, count in found if (number, entry) not in self.live]
+            # all are back before the reader goes on: it may be handed one of them again at once
+            await asyncio.gather(*(self.put_back(source, entry, self.me, b"", count - 1) for entry, count in lost))
 
-    def ignore(self, op: Op, word: str) -> None:
-        """Settled or moved meanwhile: then there was nothing to adopt."""
+    async def put_back(self, source: Source, entry: bytes, owner: str, history: bytes, count: int) -> None:
+        """Makes what `owner` holds wait; nothing happens when it was settled or moved meanwhile."""
+        over = asyncio.Event()
+        self.pump.add(Op("back", lambda op, word: over.set(), source, (entry, owner, history, 0, count)))
+        await over.wait()
 
     def beside(self, work: Coroutine[Any, Any, Any]) -> None:
         """Runs a coroutine beside the reader; its failure is a broker that is away, which the reader reports."""
