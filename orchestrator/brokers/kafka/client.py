@@ -11,8 +11,8 @@ import re
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from confluent_kafka import Consumer as RawConsumer
 from confluent_kafka import KafkaError, KafkaException, Message, TopicPartition, admin
@@ -45,8 +45,18 @@ _REFUSED = (
     KafkaError.INVALID_TIMESTAMP,
     KafkaError.RECORD_LIST_TOO_LARGE,
 )
-_LEADERLESS = (KafkaError.NOT_LEADER_FOR_PARTITION, KafkaError.LEADER_NOT_AVAILABLE)
+#: A leader or coordinator is being found; said for a moment after a start and after a creation.
+TRANSIENT = (
+    KafkaError.NOT_LEADER_FOR_PARTITION,
+    KafkaError.LEADER_NOT_AVAILABLE,
+    KafkaError.NOT_COORDINATOR,
+    KafkaError.COORDINATOR_NOT_AVAILABLE,
+    KafkaError.COORDINATOR_LOAD_IN_PROGRESS,
+    KafkaError.NOT_CONTROLLER,
+)
 TOO_LARGE = (KafkaError.MSG_SIZE_TOO_LARGE, KafkaError.INVALID_MSG_SIZE)
+
+T = TypeVar("T")
 
 log = logging.getLogger("orchestrator.kafka")
 # The client repeats each second that it cannot connect; Sink.trouble says it once.
@@ -149,17 +159,22 @@ def fetch(reader: RawConsumer, count: int, timeout: float) -> list[Message]:
     return [] if first is None else [first, *reader.consume(count, 0)]
 
 
-def end_of(reader: RawConsumer, place: TopicPartition) -> int:
-    """The next offset of a partition, asked again while its leader is being found. Raises BrokerError."""
-    deadline = time.monotonic() + 5
+def settled(ask: Callable[[], T], what: str) -> T:
+    """What `ask` answers, asked again for a while when the cluster is electing somebody. Raises BrokerError."""
+    deadline = time.monotonic() + 10
     while True:
         try:
-            return int(reader.get_watermark_offsets(place, timeout=5)[1])
+            return ask()
         except KafkaException as error:
             found = error_of(error)
-            if found is None or found.code() not in _LEADERLESS or time.monotonic() > deadline:
-                raise translate(error, f"reading {place.topic}") from None
-            time.sleep(0.05)
+            if found is None or found.code() not in TRANSIENT or time.monotonic() > deadline:
+                raise translate(error, what) from None
+            time.sleep(0.1)
+
+
+def end_of(reader: RawConsumer, place: TopicPartition) -> int:
+    """The next offset of a partition. Raises BrokerError."""
+    return int(settled(lambda: reader.get_watermark_offsets(place, timeout=5)[1], f"reading {place.topic}"))
 
 
 # --- headers and errors ---------------------------------------------------------------------------------------

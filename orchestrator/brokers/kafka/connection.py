@@ -244,10 +244,12 @@ class KafkaConnection(Connection):
             return
         reader = RawConsumer(client.for_consumer(self._config, group_id=uuid.uuid4().hex, fetch_wait_max_ms=_WAIT))
         reader.assign([TopicPartition(topic, n, first[n]) for n in sorted(unread)])
+        fetching: asyncio.Future[list[Message]] | None = None
         try:
             while unread:
                 batch: list[Message] = []
-                for message in await asyncio.to_thread(client.fetch, reader, 500, 0.2):
+                fetching = asyncio.ensure_future(asyncio.to_thread(client.fetch, reader, 500, 0.2))
+                for message in await asyncio.shield(fetching):
                     number, offset = message.partition() or 0, message.offset() or 0
                     if (error := message.error()) is None:
                         if number in unread and (follow or offset < ends[number]):
@@ -261,6 +263,8 @@ class KafkaConnection(Connection):
                 for message in batch:
                     yield message
         finally:
+            if fetching is not None:  # a client must not be closed under a thread that uses it
+                await asyncio.wait([fetching])
             reader.close()
 
     async def remove(self, channel: Channel, positions: Sequence[str]) -> int:
@@ -358,7 +362,8 @@ class KafkaConnection(Connection):
         cluster = await asyncio.wrap_future(self._admin.describe_cluster())
         api = client.admin_api
         resource = api.ConfigResource(api.ResourceType.BROKER, str(cluster.nodes[0].id))
-        (config,) = await self._resources.run(self._admin.describe_configs([resource]), "reading broker settings")
+        found = await self._resources.run(self._admin.describe_configs, [resource], what="reading broker settings")
+        (config,) = found.values()
         value = {name: entry.value for name, entry in config.items()}
         facts = [Fact("cluster", str(cluster.cluster_id)), Fact("brokers", str(len(cluster.nodes)))]
         copies = max((c.replication for c in self._topology.channels.values() if not c.external), default=1)

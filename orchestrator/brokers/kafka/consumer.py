@@ -22,6 +22,7 @@ LEASE = 6.0
 _ASSIGNMENT = 15.0
 #: How long `open` does. A member that must hand something over to us may have to wait for its handlers first.
 _JOINING = 2.0
+_DRAINING = 5.0
 
 
 class Healer(Protocol):
@@ -118,7 +119,10 @@ class KafkaConsumer(Consumer):
         """Nothing to do: the client's own threads keep the membership, and ours polls whatever the loop does."""
 
     async def drain(self) -> None:
-        await self._ask(self._thread.drain)
+        try:
+            await asyncio.wait_for(self._ask(self._thread.drain), _DRAINING)
+        except TimeoutError:
+            pass  # the broker is away and the thread waits for it: nothing is fetched either
 
     async def close(self) -> None:
         if self._healing is not None:

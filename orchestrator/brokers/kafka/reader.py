@@ -126,7 +126,8 @@ class Reader(threading.Thread):
         try:
             numbers = {topic: _partitions(consumer, topic) for topic in self._topics}
             everything = [TopicPartition(self._set.topic, number) for number in numbers[self._set.topic]]
-            if all(tp.offset < 0 for tp in consumer.committed(everything, timeout=5)):
+            there = client.settled(lambda: consumer.committed(everything, timeout=5), f"reading {self._set.topic}")
+            if all(tp.offset < 0 for tp in there):
                 raise ResourceMissing(
                     f"the group {self._set.group} has no position in {self._set.topic}", hint="run `orchestrator apply`"
                 )
@@ -339,8 +340,8 @@ class Reader(threading.Thread):
         ours = self._set.consumer["client.id"]
         if any(m.group_instance_id == self._set.owner and m.client_id != ours for m in members):
             return
-        self._consumer.close()
-        self._consumer = self._open()
+        fenced, self._consumer = self._consumer, self._open()
+        fenced.close()
         self._positions.reset()
         self._desk.say(None)
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
@@ -36,6 +37,7 @@ api = client.admin_api
 _SHAPE = ("num_partitions", "replication_factor")
 _PATIENCE = 10.0
 _TRIES = 200  # 0.05 s apart
+_UNKNOWN = (KafkaError.GROUP_ID_NOT_FOUND,)
 
 
 class Registry:
@@ -130,6 +132,8 @@ class Resources:
                 one = await self._observed_group(name, entries.get(key), described, bounds)
             elif name in described:
                 one = self._observed_topic(key, entries.get(key), described[name], configs[name], bounds, managed)
+                if kind == "internal":
+                    one = replace(one, events=await self._unfinished(name, bounds))
             else:
                 continue
             if one is not None:
@@ -160,6 +164,15 @@ class Resources:
             exact=False,
             protect=bool(entry and entry.get("protect")),
         )
+
+    async def _unfinished(self, name: str, bounds: Bounds) -> int:
+        """Retries that wait in an internal topic, as far as its group has said; replies are nobody's loss."""
+        group, is_retry, _ = name.rpartition(".retry.")
+        if not is_retry:
+            return 0
+        ends = {n: end for (topic, n), end in bounds.items() if topic == name}
+        done = await self.positions(group, name, len(ends))
+        return sum(high - max(low, done.get(n, low)) for n, (low, high) in ends.items())
 
     async def _observed_group(
         self, name: str, entry: Mapping[str, Any] | None, described: Mapping[str, Described], bounds: Bounds
@@ -209,7 +222,7 @@ class Resources:
             await asyncio.to_thread(self.registry.write, key, entry)
             config = {k: str(v) for k, v in desired.settings.items() if k not in _SHAPE}
             topic = api.NewTopic(name, *(int(str(desired.settings[k])) for k in _SHAPE), config=config)
-            await self.run(self.admin.create_topics([topic]), f"creating {name}")
+            await self.run(self.admin.create_topics, [topic], what=f"creating {name}")
             there = await self._appeared(name)
         await asyncio.to_thread(self.registry.write, key, entry | {"id": there.id})
 
@@ -257,16 +270,15 @@ class Resources:
         changed = {k: v for k, v in desired.settings.items() if observed.settings.get(k) != v}
         if "num_partitions" in changed:
             count = int(str(changed.pop("num_partitions")))
-            await self.run(
-                self.admin.create_partitions([api.NewPartitions(name, count)]), f"adding partitions to {name}"
-            )
+            grown = [api.NewPartitions(name, count)]
+            await self.run(self.admin.create_partitions, grown, what=f"adding partitions to {name}")
         if changed:
             resource = api.ConfigResource(api.ResourceType.TOPIC, name)
             for setting, value in changed.items():
                 resource.add_incremental_config(
                     api.ConfigEntry(setting, str(value), incremental_operation=api.AlterConfigOpType.SET)
                 )
-            await self.run(self.admin.incremental_alter_configs([resource]), f"changing {name}")
+            await self.run(self.admin.incremental_alter_configs, [resource], what=f"changing {name}")
         topic = (await self.describe([name]))[name]
         entry = {"owner": self._owner, "protect": desired.protect, "id": topic.id}
         await asyncio.to_thread(self.registry.write, _key(desired.id), entry)
@@ -283,10 +295,9 @@ class Resources:
                 await asyncio.to_thread(self.registry.write, key, entry)
                 return
             await self.empty(group)
-            gone = self.admin.delete_consumer_groups([group])
-            await self.run(gone, f"deleting {group}", KafkaError.GROUP_ID_NOT_FOUND)
+            await self.run(self.admin.delete_consumer_groups, [group], what=f"deleting {group}", harmless=_UNKNOWN)
         else:
-            await self.run(self.admin.delete_topics([name]), f"deleting {name}", KafkaError.UNKNOWN_TOPIC_OR_PART)
+            await self.run(self.admin.delete_topics, [name], what=f"deleting {name}", harmless=client.GONE)
             await self._vanished(name)
         await asyncio.to_thread(self.registry.write, key, None)
 
@@ -306,41 +317,52 @@ class Resources:
     async def ensure_registry(self) -> None:
         if not await self.describe([self._registry_name]):
             topic = api.NewTopic(self._registry_name, 1, -1, config={"cleanup.policy": "compact"})
-            made = self.admin.create_topics([topic])
-            await self.run(made, "creating the registry", KafkaError.TOPIC_ALREADY_EXISTS)
+            there = (KafkaError.TOPIC_ALREADY_EXISTS,)
+            await self.run(self.admin.create_topics, [topic], what="creating the registry", harmless=there)
             await self._appeared(self._registry_name)
 
     # --- the cluster, asked ---------------------------------------------------------------------------------------
 
-    async def run(self, futures: Mapping[Any, Future[Any]], what: str, *harmless: int) -> list[Any]:
-        """Awaits what the admin client has begun. Raises our own errors, but none of the codes in `harmless`."""
-        results = []
-        for future in futures.values():
-            try:
-                results.append(await asyncio.wrap_future(future))
-            except KafkaException as error:
-                found = client.error_of(error)
-                if found is None or found.code() not in harmless:
-                    raise client.translate(error, what) from None
-        return results
+    async def run(
+        self,
+        method: Callable[..., Mapping[Any, Future[Any]]],
+        *arguments: Any,
+        what: str,
+        harmless: Sequence[int] = (),
+    ) -> dict[Any, Any]:
+        """What a method of the admin client answers for each thing asked; those that failed with a code in `harmless`
+        are left out. Asked again while the cluster is electing somebody. Raises BrokerError, naming `what`."""
+        deadline = asyncio.get_running_loop().time() + _PATIENCE
+        while True:
+            results, again = {}, False
+            for key, future in method(*arguments).items():
+                try:
+                    results[key] = await asyncio.wrap_future(future)
+                except KafkaException as error:
+                    code = error.args[0].code()
+                    again = again or code in client.TRANSIENT
+                    late = asyncio.get_running_loop().time() > deadline
+                    if code not in harmless and (late or code not in client.TRANSIENT):
+                        raise client.translate(error, what) from None
+            if not again:
+                return results
+            await asyncio.sleep(0.1)
 
     async def describe(self, names: Sequence[str]) -> dict[str, Described]:
         """Those of `names` that exist."""
         if not names:
             return {}
-        futures = self.admin.describe_topics(TopicCollection(list(names)))
-        found = await self.run(futures, "describing topics", KafkaError.UNKNOWN_TOPIC_OR_PART)
-        return {topic.name: Described(topic) for topic in found}
+        asked = TopicCollection(list(names))
+        found = await self.run(self.admin.describe_topics, asked, what="describing topics", harmless=client.GONE)
+        return {topic.name: Described(topic) for topic in found.values()}
 
     async def _configs(self, names: Sequence[str]) -> dict[str, dict[str, str]]:
         if not names:
             return {}
         asked = [api.ConfigResource(api.ResourceType.TOPIC, name) for name in names]
-        futures = self.admin.describe_configs(asked)
-        found = await self.run(futures, "reading topic settings")
+        found = await self.run(self.admin.describe_configs, asked, what="reading topic settings")
         return {
-            resource.name: {entry.name: entry.value for entry in config.values()}
-            for resource, config in zip(futures, found, strict=True)
+            resource.name: {entry.name: entry.value for entry in config.values()} for resource, config in found.items()
         }
 
     async def bounds(self, topics: Mapping[str, int]) -> Bounds:
@@ -350,16 +372,16 @@ class Resources:
             return {}
         ends: list[dict[tuple[str, int], int]] = []
         for spec in (api.OffsetSpec.earliest(), api.OffsetSpec.latest()):
-            futures = self.admin.list_offsets(dict.fromkeys(places, spec))
-            found = await self.run(futures, "reading offsets")
-            ends.append({(p.topic, p.partition): r.offset for p, r in zip(futures, found, strict=True)})
+            found = await self.run(self.admin.list_offsets, dict.fromkeys(places, spec), what="reading offsets")
+            ends.append({(place.topic, place.partition): result.offset for place, result in found.items()})
         return {place: (low, ends[1][place]) for place, low in ends[0].items()}
 
     async def committed(self, group: str) -> list[TopicPartition]:
         """Every position of `group`, with its metadata; none when there is no such group."""
-        futures = self.admin.list_consumer_group_offsets([ConsumerGroupTopicPartitions(group)])
-        found = await self.run(futures, f"reading positions of {group}", KafkaError.GROUP_ID_NOT_FOUND)
-        return [tp for result in found for tp in result.topic_partitions or () if tp.offset >= 0]
+        asked = [ConsumerGroupTopicPartitions(group)]
+        what = f"reading positions of {group}"
+        found = await self.run(self.admin.list_consumer_group_offsets, asked, what=what, harmless=_UNKNOWN)
+        return [tp for result in found.values() for tp in result.topic_partitions or () if tp.offset >= 0]
 
     async def positions(self, group: str, topic: str, partitions: int) -> dict[int, int]:
         found = await self.committed(group)
@@ -371,7 +393,8 @@ class Resources:
             TopicPartition(topic, n, offset) for n, offset in (await self.places(topic, partitions, start)).items()
         ]
         request = ConsumerGroupTopicPartitions(group, target)
-        for result in await self.run(self.admin.alter_consumer_group_offsets([request]), f"positioning {group}"):
+        placed = await self.run(self.admin.alter_consumer_group_offsets, [request], what=f"positioning {group}")
+        for result in placed.values():
             for tp in result.topic_partitions:
                 if tp.error is not None:
                     raise client.translate(tp.error, f"positioning {group} in {topic}")
@@ -382,17 +405,17 @@ class Resources:
         at = {n: bounds[topic, n][start == "latest"] for n in range(partitions)}
         if isinstance(start, datetime):
             spec = api.OffsetSpec.for_timestamp(int(start.timestamp() * 1000))
-            futures = self.admin.list_offsets({TopicPartition(topic, n): spec for n in range(partitions)})
-            found = await self.run(futures, "reading offsets")
-            later = {p.partition: r.offset for p, r in zip(futures, found, strict=True)}
+            asked = {TopicPartition(topic, n): spec for n in range(partitions)}
+            found = await self.run(self.admin.list_offsets, asked, what="reading offsets")
+            later = {place.partition: result.offset for place, result in found.items()}
             at = {n: later[n] if later[n] >= 0 else bounds[topic, n][1] for n in range(partitions)}
         return at
 
     async def empty(self, group: str) -> None:
         """Returns when nobody is in the group; who was killed stays until its session ends. Raises RefusedError."""
         for _ in range(_TRIES):
-            found = await self.run(self.admin.describe_consumer_groups([group]), group, KafkaError.GROUP_ID_NOT_FOUND)
-            if not any(one.members for one in found):
+            found = await self.run(self.admin.describe_consumer_groups, [group], what=group, harmless=_UNKNOWN)
+            if not any(one.members for one in found.values()):
                 return
             await asyncio.sleep(0.05)
         raise RefusedError(f"the group {group} is in use", hint="stop its consumers first")
