@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from orchestrator.worker.runtime import Runtime
 
 _FOREVER = float("inf")
+# Outputs and bytes of one attempt that wait for the end of the turn. A handler that only publishes never lets it end.
+_MOST_HELD, _MOST_HELD_BYTES = 256, 1 << 20
 
 
 if sys.version_info >= (3, 12):
@@ -65,6 +67,7 @@ class Attempt:
         "_entered",
         "_error",
         "_foreign",
+        "_held",
         "_index",
         "_left",
         "_origin",
@@ -98,6 +101,7 @@ class Attempt:
         self.outputs: list[Outgoing] = []
         self._origin: wire.Origin | None = None
         self._index = 0
+        self._held = 0  # bytes of outputs
         self._foreign = False  # some output belongs on another broker
         self._unconfirmed = 0
         self._waiting = 0  # publishes that wait for room
@@ -244,14 +248,18 @@ class Attempt:
         return self.event
 
     def add(self, message: Outgoing) -> None:
-        """Takes an output; it goes out at the end of this turn of the loop."""
+        """Takes an output; it goes out at the end of this turn of the loop, or when there are many."""
         if self.stage is not Stage.RUNNING:
             return  # from a thread that outlived its handler
         if message.channel.broker != self.port.broker:
             self._foreign = True
         if not self.outputs:
+            self._held = 0
             self.runtime.flush_later(self)
         self.outputs.append(message)
+        self._held += len(message.body)
+        if len(self.outputs) >= _MOST_HELD or self._held >= _MOST_HELD_BYTES:
+            self.flush()
 
     def flush(self) -> None:
         """Sends what is held, unless the attempt has ended meanwhile and settles with it."""
