@@ -1,13 +1,17 @@
-"""What is not throughput: idle latency against the raw client, CPU of validate and plan, a worker's memory."""
+"""What is not throughput: idle latency against the raw client, CPU of validate and plan, how fast a worker starts and
+what it weighs."""
 
 from __future__ import annotations
 
 import os
 import resource
 import signal
+import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -17,6 +21,8 @@ from rich.table import Table
 from benchmarks.contenders import ROOT
 
 SAMPLES = 200
+IDLE_WORKERS = 10
+STARTS = 10
 
 _LATENCY = """\
 apiVersion: orchestrator/v1
@@ -31,6 +37,7 @@ agents:
     handler: benchmarks.latency:handle
     subscribe: [task.assigned]
     dead_letter: dead-letters
+    replicas: {replicas}
     env: {{LATENCY_RECORD: "{record}"}}
 """
 
@@ -84,13 +91,13 @@ def wait(ready: object, what: str, patience: float = 60.0) -> None:
         time.sleep(0.02)
 
 
-def latency(broker: str, url: str, folder: Path) -> tuple[list[float], list[float], psutil.Process | None, float]:
-    """Milliseconds from publish to handler, one event at a time: (raw client, ours), then an idle worker and the
-    seconds from a killed worker to its successor's being ready."""
+@contextmanager
+def applied(url: str, folder: Path, replicas: int) -> Iterator[list[psutil.Process]]:
+    """The workers of a topology of one agent, idle; `folder` holds its file and the record of its handler."""
     folder.mkdir(parents=True, exist_ok=True)
-    record = folder / "record"
-    record.touch()
-    (folder / "topology.yaml").write_text(_LATENCY.format(url=url, record=record))
+    (folder / "record").touch()
+    text = _LATENCY.format(url=url, record=folder / "record", replicas=replicas)
+    (folder / "topology.yaml").write_text(text)
     orchestrator(folder, "apply", "--yes", "--no-workers")
     process = subprocess.Popen(
         [sys.executable, "-m", "orchestrator.cli.main", "apply", "--yes"],
@@ -100,18 +107,34 @@ def latency(broker: str, url: str, folder: Path) -> tuple[list[float], list[floa
         stderr=subprocess.DEVNULL,
     )
     try:
-        wait(lambda: workers(process.pid), "a worker")
+        wait(lambda: len(workers(process.pid)) == replicas, f"{replicas} workers")
         time.sleep(2)  # idle is what is measured
-        drive = [sys.executable, "-m", "benchmarks.latency", broker, url, str(record), str(SAMPLES)]
-        raw = subprocess.run(drive, env=environment(), capture_output=True, text=True, check=True)
-        measured = [float(line) for line in raw.stdout.split()]
-        ours = [float(line) for line in record.read_text().split()]
-        worker = workers(process.pid)[0]
-        pss = worker.memory_full_info().pss / 2**20
-        return measured, ours, worker, pss
+        yield workers(process.pid)
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(60)
+
+
+def latency(broker: str, url: str, folder: Path) -> tuple[list[float], list[float]]:
+    """Milliseconds from publish to handler, one event at a time: (raw client, ours)."""
+    with applied(url, folder, 1):
+        drive = [sys.executable, "-m", "benchmarks.latency", broker, url, str(folder / "record"), str(SAMPLES)]
+        raw = subprocess.run(drive, env=environment(), capture_output=True, text=True, check=True)
+    return [float(line) for line in raw.stdout.split()], [float(n) for n in (folder / "record").read_text().split()]
+
+
+def memory(url: str, folder: Path) -> tuple[float, float]:
+    """MiB of one of several idle workers, medians: (PSS, USS)."""
+    with applied(url, folder, IDLE_WORKERS) as idle:
+        found = [process.memory_full_info() for process in idle]
+    return statistics.median(f.pss for f in found) / 2**20, statistics.median(f.uss for f in found) / 2**20
+
+
+def start(folder: Path) -> list[float]:
+    """Milliseconds from the fork of a worker to its being ready."""
+    command = [sys.executable, "-m", "benchmarks.start", str(folder / "topology.yaml"), str(STARTS)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=True)
+    return [float(line) for line in done.stdout.split()]
 
 
 def workers(supervisor: int) -> list[psutil.Process]:
@@ -128,7 +151,7 @@ def wide(url: str, folder: Path, agents: int) -> tuple[float, float]:
 
 
 def show(console: Console, broker: str, url: str, folder: Path) -> None:
-    raw, ours, _, pss = latency(broker, url, folder / "latency")
+    raw, ours = latency(broker, url, folder / "latency")
     found = Table(title="other figures", title_justify="left")
     for column in ("", "raw client", "orchestrator", "ratio"):
         found.add_column(column, justify="left" if not column else "right")
@@ -139,5 +162,9 @@ def show(console: Console, broker: str, url: str, folder: Path) -> None:
         validate, plan = wide(url, folder / f"wide{agents}", agents)
         found.add_row(f"validate, {agents} agents (CPU)", "", f"{validate:.2f} s", "")
         found.add_row(f"plan, {agents} agents (CPU)", "", f"{plan:.2f} s", "")
-    found.add_row("idle worker, PSS", "", f"{pss:.1f} MiB", "")
+    found.add_row(
+        f"fork to ready, median of {STARTS}", "", f"{statistics.median(start(folder / 'latency')):.0f} ms", ""
+    )
+    pss, uss = memory(url, folder / "memory")
+    found.add_row(f"an idle worker of {IDLE_WORKERS}, PSS (USS)", "", f"{pss:.1f} ({uss:.1f}) MiB", "")
     console.print(found)
