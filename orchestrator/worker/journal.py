@@ -48,7 +48,8 @@ _ENDED: dict[int, Ended] = {
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One event that a dead worker had not settled. `subscription` is subscription_code() of what it came from."""
+    """One event that a dead worker had not settled. `subscription` is subscription_code() of what it came from; `token`
+    is empty when a successor has recovered it already (see forget)."""
 
     ended: Ended
     subscription: int
@@ -115,6 +116,18 @@ def read(path: Path) -> list[Record]:
         if ended is not None and length <= TOKEN:
             found.append(Record(ended, subscription, data[at + 7 : at + 7 + length]))
     return found
+
+
+def forget(path: Path, subscription: int) -> None:
+    """Empties the tokens of one subscription in a dead worker's journal: what they say has been told. The records stay,
+    because how many had started says how each of the others is judged."""
+    with path.open("r+b") as file:
+        data = file.read()
+        _, _, size, count = _HEADER.unpack_from(data)
+        for at in range(_HEADER.size, _HEADER.size + count * size, size):
+            if _HEAD.unpack_from(data, at + 1)[1] == subscription:
+                file.seek(at + 1)
+                file.write(_HEAD.pack(0, subscription))
 
 
 def subscription_code(subscription: Subscription) -> int:

@@ -241,7 +241,7 @@ async def assemble(
         **more,
     )
     try:
-        await runtime.open(consumers, left)
+        await runtime.open(consumers, left, lambda subscription: journal.forget(spec.journal, subscription))
         runtime.journal = journal.Journal.create(spec.journal, records(agent))
     except BaseException:
         await runtime.close()

@@ -102,8 +102,14 @@ class Runtime:
 
     # --- starting and stopping --------------------------------------------------------------------------------
 
-    async def open(self, consumers: Sequence[tuple[Subscription, Consumer]], left: Sequence[Record] = ()) -> None:
-        """Opens the consumers and recovers what a dead predecessor left; nothing is fetched before `go`. Raises what
+    async def open(
+        self,
+        consumers: Sequence[tuple[Subscription, Consumer]],
+        left: Sequence[Record] = (),
+        recovered: Callable[[int], None] = lambda subscription: None,
+    ) -> None:
+        """Opens the consumers, then recovers what a dead predecessor left; nothing is fetched before `go`. `recovered`
+        is told each subscription that is done with, since another try must not count its crashes again. Raises what
         Consumer.open raises."""
         culprit_known = any(record.ended is Ended.BLAMED for record in left)
         started = sum(record.ended in (Ended.STARTED, Ended.STARTED_ALONE) for record in left)
@@ -112,9 +118,11 @@ class Runtime:
             port.only_one = started == 1
             self.ports.append(port)
             await consumer.open(port)
-            mine = [record for record in left if record.subscription == port.code]
+        for port in self.ports:
+            mine = [record for record in left if record.subscription == port.code and record.token]
             if mine:
-                await consumer.recover([Left(r.token, _verdict(r.ended, culprit_known)) for r in mine])
+                await port.consumer.recover([Left(r.token, _verdict(r.ended, culprit_known)) for r in mine])
+                recovered(port.code)
 
     def go(self) -> None:
         """Starts fetching."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.brokers.base import Ended
-from orchestrator.worker.journal import Journal, Record, State, read
+from orchestrator.worker.journal import Journal, Record, State, forget, read
 
 
 def test_a_killed_process_leaves_what_it_had_begun(tmp_path: Path) -> None:
@@ -60,3 +60,12 @@ def test_a_token_has_400_bytes_at_most(tmp_path: Path) -> None:
     assert read(tmp_path / "j") == [Record(Ended.STARTED, 1, b"x" * 400)]
     with pytest.raises(ValueError, match="400"):
         journal.begin(0, State.STARTED, 1, b"x" * 401)
+
+
+def test_what_was_told_is_not_told_again_but_still_counts(tmp_path: Path) -> None:
+    path = tmp_path / "a.0.journal"
+    journal = Journal.create(path, 4)
+    journal.begin(0, State.STARTED, 1, b"one")
+    journal.begin(1, State.STARTED, 2, b"two")
+    forget(path, 1)
+    assert read(path) == [Record(Ended.STARTED, 1, b""), Record(Ended.STARTED, 2, b"two")]
