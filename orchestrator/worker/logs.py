@@ -6,13 +6,19 @@ import logging
 import sys
 from collections.abc import MutableMapping
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, cast
 
-import structlog
 from pydantic_core import to_json
 
-from orchestrator import clock
-from orchestrator.topology.model import Topology
+# structlog.dev imports rich and pygments where it finds them: megabytes in each worker that none of them needs.
+_rich = sys.modules.setdefault("rich", cast(Any, None))
+import structlog  # noqa: E402
+
+if _rich is None:
+    del sys.modules["rich"]
+
+from orchestrator import clock  # noqa: E402
+from orchestrator.topology.model import Topology  # noqa: E402
 
 _LEVELS = {"critical": 50, "error": 40, "warning": 30, "info": 20, "debug": 10}
 
