@@ -107,7 +107,7 @@ async def test_away_for_longer_than_the_clients_own_patience(server: Server, sit
     publishing = asyncio.create_task(made.publish(range(TOTAL), pause=0.003))
     await made.until(lambda: made.handled() > TOTAL // 10, "some handled")
     server.kill()
-    await asyncio.sleep(10)
+    await asyncio.sleep(6)
     server.start()
     await publishing
     await made.all_handled(TOTAL)

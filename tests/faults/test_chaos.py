@@ -23,8 +23,8 @@ async def chaos(server: Server, folder: Path, *, events: int, worker_kills: int,
 
 
 async def test_nothing_is_lost_while_workers_and_broker_are_killed(server: Server, tmp_path: Path) -> None:
-    outcome = await chaos(server, tmp_path / "run", events=1_500, worker_kills=5, broker_kills=2)
-    assert outcome.worker_kills == 5
+    outcome = await chaos(server, tmp_path / "run", events=1_000, worker_kills=4, broker_kills=2)
+    assert outcome.worker_kills == 4
     assert max(outcome.back_after_s) < 10
 
 

@@ -15,6 +15,7 @@ from tests.servers.fresh import Server
 
 Sites = Callable[..., Site]
 TOTAL = 400
+both = pytest.mark.parametrize("server", ["nats", "redis"], indirect=True)
 
 
 async def flowing(made: Site, total: int = TOTAL) -> asyncio.Task[None]:
@@ -28,6 +29,7 @@ def gone(processes: list[psutil.Process]) -> bool:
     return not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in processes)
 
 
+@both
 async def test_a_killed_supervisor_loses_and_doubles_nothing(server: Server, site: Sites) -> None:
     made = site(server.url)
     await made.start()
@@ -61,6 +63,7 @@ async def test_a_killed_warm_parent_loses_and_doubles_nothing(server: Server, si
     assert await made.stop() == 0
 
 
+@both
 async def test_sigterm_under_load_drains_and_gives_the_rest_back_at_once(server: Server, site: Sites) -> None:
     made = site(server.url)
     await made.start()
@@ -77,7 +80,7 @@ async def test_sigterm_under_load_drains_and_gives_the_rest_back_at_once(server:
     assert await made.stop() == 0
 
 
-@pytest.mark.parametrize("server", ["nats", "redis"], indirect=True)
+@both
 async def test_a_worker_stopped_past_its_lease_and_continued_does_no_harm(server: Server, site: Sites) -> None:
     """The lease is shortened, so that the frozen worker's events run elsewhere before it wakes up."""
     made = site(server.url, env=short_lease(2.0))
@@ -97,7 +100,7 @@ async def test_a_worker_stopped_past_its_lease_and_continued_does_no_harm(server
     assert await made.stop() == 0
 
 
-@pytest.mark.parametrize("server", ["nats", "redis"], indirect=True)
+@both
 async def test_a_handler_of_three_leases_runs_once(server: Server, site: Sites) -> None:
     made = site(server.url, env=short_lease(2.0))
     await made.start()

@@ -12,7 +12,7 @@ from tests.faults.rig import Site
 from tests.servers.fresh import Server
 
 Sites = Callable[..., Site]
-TOTAL = 1_500
+TOTAL = 700
 
 
 both = pytest.mark.parametrize("server", ["nats", "redis"], indirect=True)
