@@ -22,6 +22,7 @@ async def chaos(server: Server, folder: Path, *, events: int, worker_kills: int,
     return outcome
 
 
+@pytest.mark.parametrize("server", ["nats", "redis"], indirect=True)
 async def test_nothing_is_lost_while_workers_and_broker_are_killed(server: Server, tmp_path: Path) -> None:
     outcome = await chaos(server, tmp_path / "run", events=1_000, worker_kills=4, broker_kills=2)
     assert outcome.worker_kills == 4
