@@ -66,12 +66,16 @@ class Fleet:
         self._aim(target)
         self._keep(self._watch())
 
-    async def update(self, target: Target, *, deadline: float, progress: Progress | None = None) -> None:
-        """Replaces what `target` changes; returns when that is ready and the old has ended. Raises SupervisorError,
-        and leaves the old running, when the new does not start within `deadline` seconds."""
+    async def update(
+        self, change: Callable[[Target], Target], *, deadline: float, progress: Progress | None = None
+    ) -> None:
+        """Replaces what `change` makes of the target; returns when that is ready and the old has ended. One at a time:
+        `change` is asked when those before it have ended. Raises SupervisorError, and leaves the old running, when the
+        new does not start within `deadline` seconds."""
         async with self._lock:
             assert self.target is not None, "update() comes after start()"
             previous = self.target
+            target = change(previous)
             await self._nursery.prepare(target.key, target.topology)
             old = previous.wanted()
             new = target.wanted()
@@ -83,7 +87,7 @@ class Fleet:
                 self._aim(target, gate)
                 await self._converge(touched, deadline)
             except SupervisorError:
-                self._aim(previous)
+                self._aim(replace(previous, paused={**self.target.paused, **previous.paused}))  # some paused meanwhile
                 raise
             finally:
                 self._progress = None

@@ -11,11 +11,12 @@ import os
 import resource
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from orchestrator.brokers.embedded import serving
 from orchestrator.errors import LockedError, OrchestratorError, SupervisorError
 from orchestrator.supervisor import code, locks, status
 from orchestrator.supervisor.control import ControlServer, Tell
@@ -48,6 +49,8 @@ class Supervisor:
         self._signals: list[signal.Signals] = []
         self._stopped: asyncio.Future[None] | None = None
         self._started = asyncio.Event()
+        self._embedded = contextlib.AsyncExitStack()  # an embedded server that came with an edit
+        self._serves = False
 
     async def run(self) -> int:
         """Returns 0 when the workers have drained (SIGTERM, SIGINT, stop), 130 when a second SIGINT cut that short.
@@ -78,6 +81,7 @@ class Supervisor:
             await server.close()
             await self._fleet.close()
             await self._observer.close()
+            await self._embedded.aclose()
             lock.release()
         return 130 if self._forced else 0
 
@@ -97,10 +101,11 @@ class Supervisor:
         """
         if topology.name != self._topology.name:
             raise SupervisorError(f"this supervisor runs {self._topology.name!r}, not {topology.name!r}")
-        target = self._fleet.target
-        rounds = target.rounds if target is not None else {}
+        if not self._serves and any(broker.embedded for broker in topology.brokers.values()):
+            await self._embedded.enter_async_context(serving(topology))  # the command that brings it ends
+            self._serves = True
         self._output.use(topology)
-        await self._move(Target(topology, code.digests(topology), rounds=rounds), progress)
+        await self._move(lambda now: Target(topology, code.digests(topology), rounds=now.rounds), progress)
         if topology is not self._topology:
             observer, self._observer, self._topology = self._observer, Observer(topology), topology
             await observer.close()
@@ -116,18 +121,21 @@ class Supervisor:
 
     async def restart(self, agent: str | None = None, *, progress: Progress | None = None) -> None:
         """Replaces the workers of `agent`, or all, without a gap."""
-        target = self._target(agent)
-        names = [agent] if agent is not None else list(target.agents())
-        rounds = {**target.rounds, **{name: target.rounds.get(name, 0) + 1 for name in names}}
-        fresh = replace(target, rounds=rounds, code=code.digests(target.topology))
-        await self._move(fresh, progress)
+
+        def again(now: Target) -> Target:
+            names = [agent] if agent is not None else list(now.agents())
+            rounds = {**now.rounds, **{name: now.rounds.get(name, 0) + 1 for name in names}}
+            return replace(now, rounds=rounds, code=code.digests(now.topology))
+
+        self._target(agent)
+        await self._move(again, progress)
 
     async def scale(self, agent: str, replicas: int, *, progress: Progress | None = None) -> None:
         """Holds until the next update."""
         if replicas < 0:
             raise SupervisorError(f"{replicas} replicas are not possible", hint="0 stops the agent's workers")
-        target = self._target(agent)
-        await self._move(replace(target, scaled={**target.scaled, agent: replicas}), progress)
+        self._target(agent)
+        await self._move(lambda now: replace(now, scaled={**now.scaled, agent: replicas}), progress)
 
     # --- inside ------------------------------------------------------------------------------------------------
 
@@ -142,11 +150,11 @@ class Supervisor:
             )
         return target
 
-    async def _move(self, target: Target, progress: Progress | None) -> None:
+    async def _move(self, change: Callable[[Target], Target], progress: Progress | None) -> None:
         self._target(None)
         self._state = "updating"
         try:
-            await self._fleet.update(target, deadline=self._deadline, progress=progress)
+            await self._fleet.update(change, deadline=self._deadline, progress=progress)
         finally:
             self._state = "running" if self._state == "updating" else self._state
 

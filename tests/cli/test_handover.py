@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tests.cli.rig import Folder, wait
+from tests.servers.redis import RedisServer
 
 TOPOLOGY = """\
 apiVersion: orchestrator/v1
@@ -68,3 +69,23 @@ def test_without_workers_nothing_is_taken_from_under_those_that_run(folder: Fold
     wait(lambda: ran(folder.path) == ["reader 3"], lambda: str(ran(folder.path)))
     agents(folder, new="task.run@agents", reader="news.*@agents")
     assert "--no-workers" in folder.refused("apply", "--yes", "--no-workers")
+
+
+def test_an_embedded_broker_that_comes_with_an_edit_outlives_the_command(
+    folder: Folder, redis_server: RedisServer
+) -> None:
+    folder.write("agents.py", HANDLERS)
+    near = f'brokers: {{main: {{url: "{redis_server.url}", prefix: comes.}}}}\n'
+    both = near.replace("}}\n", "}, local: {url: embedded}}\n") + "defaults: {channels: {broker: main}}\n"
+    head = "apiVersion: orchestrator/v1\nkind: Topology\nmetadata: {name: comes}\n"
+    tail = "agents:\n  a: {handler: agents:handle, subscribe: [task.go], on_exhausted: drop}\n"
+    tasks = "channels:\n  tasks: {events: [task.*], mode: queue}\n"
+    folder.write("topology.yaml", head + near + tasks + tail)
+    folder.ok("apply", "--yes", "-d")
+    jobs = "  jobs: {events: [job.*], mode: queue, broker: local}\n"
+    more = "  b: {handler: agents:handle, subscribe: [job.go], on_exhausted: drop}\n"
+    folder.write("topology.yaml", head + both + tasks + jobs + tail + more)
+    folder.ok("apply", "--yes")
+    folder.ok("publish", "job.go", '{"n": 1}')
+    wait(lambda: ran(folder.path) == ["b 1"], lambda: folder.run("status").out)
+    assert folder.state() == "running"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 
 import pytest
 
 from orchestrator.brokers.memory import adapter
 from orchestrator.errors import SupervisorError
-from tests.supervisor.rig import agent, alive
+from tests.supervisor.rig import agent, alive, eventually
 
 
 @pytest.fixture(autouse=True)
@@ -55,3 +56,16 @@ async def test_taken_back_when_it_loads_but_does_not_start(run):
         await team.supervisor.update(team.with_agents(agent(config={"do": "exit", "code": 70})))
     await team.all_ready()
     assert team.supervisor.status()["revision"] == team.topology.revision()
+
+
+async def test_scaling_during_an_edit_that_fails_scales_what_ran_before(run):
+    team = await run(agent())
+    before = team.supervisor.status()["revision"]
+    broken = team.with_agents(agent(config={"do": "exit", "code": 70}))
+    editing = asyncio.create_task(team.supervisor.update(broken))
+    await eventually(lambda: team.supervisor.status()["revision"] != before)
+    await team.supervisor.scale("research", 2)
+    with pytest.raises(SupervisorError):
+        await editing
+    assert team.supervisor.status()["revision"] == before
+    assert team.agent()["ready"] == 2
