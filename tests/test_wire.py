@@ -307,3 +307,8 @@ def test_a_codec_that_cannot_be_used_says_so(tmp_path: Path, monkeypatch: pytest
     monkeypatch.delitem(sys.modules, "odd_codec", raising=False)
     with pytest.raises(HandlerLoadError, match="odd_codec:half"):
         wire.codec("odd_codec:half")
+
+
+@pytest.mark.parametrize(("value", "text"), [("a", "a"), (True, "true"), (1.5, "1.5"), ({"a": 1}, '{"a":1}')])
+def test_a_key_is_the_same_text_at_publish_and_at_redrive(value: Any, text: str) -> None:
+    assert wire.key_text(value) == text

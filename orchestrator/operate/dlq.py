@@ -241,7 +241,7 @@ def _prepare(
             event_id=event.event_id if event else position_id(letter.position),
             source_agent=event.source_agent if event else "",
             correlation_id=event.correlation_id if event else "",
-            key="" if key is None else str(key),
+            key="" if key is None else wire.key_text(key),
             headers=wire.original_headers(read.stored.headers),
             message_id=f"redrive:{read.stored.position}",
         ),

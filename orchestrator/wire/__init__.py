@@ -8,7 +8,7 @@ from orchestrator.wire.building import Built, Origin, build, from_event, reply_t
 from orchestrator.wire.codecs import Codec, codec, decode
 from orchestrator.wire.letters import Failure, Letter, dead_letter, failed_event, original_headers, parse
 from orchestrator.wire.names import child_id, child_traceparent, new_traceparent, one_line
-from orchestrator.wire.routes import Route, Routes, value_at
+from orchestrator.wire.routes import Route, Routes, key_text, value_at
 
 __all__ = [
     "Built",
@@ -26,6 +26,7 @@ __all__ = [
     "decode",
     "failed_event",
     "from_event",
+    "key_text",
     "new_traceparent",
     "one_line",
     "original_headers",

@@ -46,7 +46,12 @@ class Route:
                 f"the event has no {self.channel.key}, which is the key of channel {self.channel.name!r}",
                 hint="put the value into the event, or pass key= to publish",
             )
-        return value if isinstance(value, str) else to_json(value).decode()
+        return key_text(value)
+
+
+def key_text(value: Any) -> str:
+    """What orders and partitions, for a value of any JSON type."""
+    return value if isinstance(value, str) else to_json(value).decode()
 
 
 class Routes:

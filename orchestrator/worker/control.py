@@ -11,16 +11,19 @@ from typing import Any
 
 
 class Control:
-    """`send` may be called from any thread. A supervisor that is gone is noticed by reading, never by sending."""
+    """`send` may be called from any thread; what it sends goes through `redact`, since `status` shows it. A supervisor
+    that is gone is noticed by reading, never by sending."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, redact: Callable[[str], str] = str) -> None:
         self._socket = sock
+        self._redact = redact
         self._lock = threading.Lock()
         self._buffer = b""
         self.lost = False
 
     def send(self, kind: str, **more: Any) -> None:
-        line = json.dumps({"type": kind, **more}, default=str).encode() + b"\n"
+        shown = {name: self._redact(value) if isinstance(value, str) else value for name, value in more.items()}
+        line = json.dumps({"type": kind, **shown}, default=str).encode() + b"\n"
         with self._lock:
             if self.lost:
                 return

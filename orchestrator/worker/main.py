@@ -45,14 +45,12 @@ def run(spec: WorkerSpec, control: socket.socket) -> int:
     os.environ.update(agent.env)
     log = logs.logger(spec.topology, spec.agent, spec.slot)
     logs.take_over(log)
-    channel = Control(control)
+    channel = Control(control, spec.topology.redact)
     try:
         handler = handlers.load(spec.topology, agent)
         return asyncio.run(Worker(spec, agent, handler, channel, log).serve())
     except HandlerLoadError as error:
-        redact = spec.topology.redact
-        trace = redact(error.traceback) if error.traceback else None
-        channel.send("failed", message=redact(error.message), traceback=trace, hint=error.hint)
+        channel.send("failed", message=error.message, traceback=error.traceback, hint=error.hint)
         return NOT_LOADED
     except BaseException:
         log.critical("the worker crashed", exc_info=sys.exc_info())

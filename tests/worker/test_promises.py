@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import socket
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 
 from orchestrator import AgentEvent, Context, RetryLater, SyncContext
 from orchestrator.testing import TopologyTest
+from orchestrator.worker.control import Control
 from orchestrator.worker.faults import fault_of
 from tests.worker.test_runtime import TOPOLOGY, nothing, trial
 
@@ -104,3 +107,10 @@ def test_our_own_exceptions_too(name: str) -> None:
     from orchestrator.errors import RequestTimeout
 
     assert name in fault_of(RequestTimeout("late"), str).names
+
+
+def test_what_status_shows_of_a_worker_holds_no_secret() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        Control(theirs, lambda text: text.replace("hunter2", "***")).send("alarm", message="nats://u:hunter2@h", n=1)
+        assert json.loads(ours.recv(4096)) == {"type": "alarm", "message": "nats://u:***@h", "n": 1}
