@@ -11,7 +11,7 @@ OrchestratorError                 what went wrong, and what to do next
 │   └── ResourceMissing           a stream, topic, group or consumer that should exist does not
 ├── RoutingError                  an event type that nothing routes, or that the agent may not publish
 ├── DecodeError                   bytes that are no event; dead-lettered, never retried
-├── PayloadError                  a payload that fails its model or schema; dead-lettered, never retried
+├── PayloadError                  a payload that fails its model or schema; an event that has one is dead-lettered
 ├── HandlerLoadError              a handler that cannot be imported or called
 ├── SupervisorError               none is running, or it does not answer
 └── RequestTimeout                no reply within the time given
@@ -81,7 +81,10 @@ class DecodeError(OrchestratorError):
 
 
 class PayloadError(OrchestratorError):
-    """A payload that fails its model or its schema."""
+    """A payload that fails its model or its schema. `output`: one that a handler was publishing, so another run may
+    mend it; what the handler was given never changes."""
+
+    output = False
 
 
 class HandlerLoadError(OrchestratorError):

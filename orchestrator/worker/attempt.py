@@ -18,7 +18,7 @@ from pydantic import BaseModel
 
 from orchestrator import wire
 from orchestrator.brokers.base import Delivery, Outgoing, Producer
-from orchestrator.errors import BrokerUnavailable, OrchestratorError, PublishRejected
+from orchestrator.errors import BrokerUnavailable, OrchestratorError, PayloadError, PublishRejected
 from orchestrator.event import AgentEvent
 from orchestrator.topology.units import seconds
 from orchestrator.worker import endings
@@ -218,18 +218,22 @@ class Attempt:
                 hint="await everything that publishes before the handler returns",
             )
         route = self.runtime.routes.find(event_type)
-        built = wire.build(
-            route,
-            event_type,
-            {} if payload is None else payload,
-            self.origin,
-            self._index,
-            target_agent=target_agent,
-            key=key,
-            metadata=metadata,
-            delay=seconds(delay) if isinstance(delay, str) else delay,
-            event_id=event_id,
-        )
+        try:
+            built = wire.build(
+                route,
+                event_type,
+                {} if payload is None else payload,
+                self.origin,
+                self._index,
+                target_agent=target_agent,
+                key=key,
+                metadata=metadata,
+                delay=seconds(delay) if isinstance(delay, str) else delay,
+                event_id=event_id,
+            )
+        except PayloadError as error:
+            error.output = True
+            raise
         if event_id is None:
             self._index += 1
         return built.message

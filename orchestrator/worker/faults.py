@@ -36,6 +36,8 @@ def fault_of(error: BaseException, redact: Callable[[str], str]) -> Fault:
         names.append(cls.__name__)
         names += _public_names(cls)
     final = next((reason for cls, reason in _FINAL if isinstance(error, cls)), None)
+    if isinstance(error, PayloadError) and error.output:
+        final = None  # an answer of a language model may be right the next time: the policy decides
     message = error.message if isinstance(error, OrchestratorError) else _text(error)
     return Fault(tuple(dict.fromkeys(names)), redact(message), final)
 

@@ -114,3 +114,22 @@ def test_what_status_shows_of_a_worker_holds_no_secret() -> None:
     with ours, theirs:
         Control(theirs, lambda text: text.replace("hunter2", "***")).send("alarm", message="nats://u:hunter2@h", n=1)
         assert json.loads(ours.recv(4096)) == {"type": "alarm", "message": "nats://u:***@h", "n": 1}
+
+
+async def test_an_output_that_breaks_its_schema_is_tried_again(tmp_path: Path) -> None:
+    async def handler(event: AgentEvent, ctx: Context) -> None:
+        await ctx.publish("news.out", {"n": 1} if ctx.attempt == 2 else {})
+
+    (tmp_path / "topology.yaml").write_text(
+        TOPOLOGY.replace(
+            "events: [news.*, agent.*], mode: log}",
+            "events: [news.*, agent.*], mode: log, schemas: {news.out: {type: object, required: [n]}}}",
+        )
+    )
+    agents = ("worker", "reader", "auditor", "distant", "watcher")
+    handlers: dict[str, Callable[..., Any]] = dict.fromkeys(agents, nothing)
+    async with TopologyTest(tmp_path / "topology.yaml", handlers=handlers | {"worker": handler}) as t:
+        await t.publish("task.run", {})
+        await t.run_until_idle()
+        assert t.dead_letters() == []
+        assert [e.payload for e in t.published("news.out")] == [{"n": 1}]
