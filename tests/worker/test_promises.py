@@ -16,6 +16,9 @@ from orchestrator import AgentEvent, Context, RetryLater, SyncContext
 from orchestrator.testing import TopologyTest
 from orchestrator.worker.control import Control
 from orchestrator.worker.faults import fault_of
+from tests.servers.nats import NatsServer
+from tests.worker.harness import staged, until
+from tests.worker.test_process import topology
 from tests.worker.test_runtime import TOPOLOGY, nothing, trial
 
 
@@ -133,3 +136,25 @@ async def test_an_output_that_breaks_its_schema_is_tried_again(tmp_path: Path) -
         await t.run_until_idle()
         assert t.dead_letters() == []
         assert [e.payload for e in t.published("news.out")] == [{"n": 1}]
+
+
+async def test_a_drain_does_not_forgive_an_attempt_that_is_over_its_time(
+    tmp_path: Path, nats_server: NatsServer
+) -> None:
+    handler = """
+    def handle(event: AgentEvent, ctx: Context):
+        note(ctx.attempt)
+        if ctx.attempt == 1:
+            time.sleep(30)
+    """
+    async with staged(tmp_path, topology(nats_server.url, "overtime", "timeout: 300ms"), handler) as stage:
+        worker = stage.worker()
+        await worker.said("ready")
+        await stage.client.publish("overtime.task.run", {})
+        await until(lambda: stage.ran() == ["1"])
+        await asyncio.sleep(1)  # the timeout has passed, and the thread sleeps on
+        worker.tell("drain", timeout=0.1)
+        await worker.said("drained")
+        worker.kill()
+        await stage.worker().said("status", handled=1)
+        assert stage.ran() == ["1", "2"]
