@@ -141,7 +141,9 @@ def for_consumer(config: Mapping[str, Any], **more: Any) -> dict[str, Any]:
         "auto.offset.reset": "error",
         "isolation.level": "read_committed",
         "enable.partition.eof": True,
-        "fetch.wait.max.ms": 500,
+        "fetch.wait.max.ms": 100,  # a partition that is added to a fetch waits for the one under way
+        "queued.min.messages": 2_000,
+        "queued.max.messages.kbytes": 16 << 10,
         "fetch.error.backoff.ms": 50,
         "fetch.queue.backoff.ms": 10,
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Protocol
@@ -23,6 +24,8 @@ _ASSIGNMENT = 15.0
 #: How long `open` does. A member that must hand something over to us may have to wait for its handlers first.
 _JOINING = 2.0
 _DRAINING = 5.0
+#: Deliveries kept ready beyond the free slots. Nobody else could have them: their partition is ours.
+_STOCK = 64
 
 
 class Healer(Protocol):
@@ -44,7 +47,9 @@ class KafkaConsumer(Consumer):
         self._producer = healer.shared_producer()
         self._reader: Reader | None = None
         self._healing: asyncio.Task[None] | None = None
-        self._ended = False
+        self._ended = self._drained = self._pouring = False
+        self._free = 0
+        self._stock: deque[KafkaDelivery] = deque()  # handed over by the thread, not yet asked for by the worker
 
     async def open(self, sink: Sink) -> None:
         self._sink = sink
@@ -57,7 +62,24 @@ class KafkaConsumer(Consumer):
         await self._has_joined(_JOINING)
 
     def demand(self, free: int) -> None:
-        self._thread.demand(free)
+        self._free = free
+        self._ask_for_more()
+        if self._stock and free > 0 and not self._pouring:
+            self._pouring = True
+            self._loop.call_soon(self._pour)
+
+    def _ask_for_more(self) -> None:
+        self._thread.demand(0 if self._drained else self._free + _STOCK - len(self._stock))
+
+    def _pour(self) -> None:
+        """Hands out what lies here already: a freed slot need not wait for the thread."""
+        self._pouring = False
+        count = min(self._free, len(self._stock))
+        if count > 0:
+            batch = [self._stock.popleft() for _ in range(count)]
+            self._free -= count
+            self._ask_for_more()
+            self._sink.deliver(batch)
 
     def settle(self, delivery: Delivery, outputs: Sequence[Outgoing], done: Done) -> None:
         assert isinstance(delivery, KafkaDelivery)
@@ -118,7 +140,13 @@ class KafkaConsumer(Consumer):
     def keep_alive(self) -> None:
         """Nothing to do: the client's own threads keep the membership, and ours polls whatever the loop does."""
 
+    def _give_back_stock(self) -> None:
+        self.release(self._stock)
+        self._stock.clear()
+
     async def drain(self) -> None:
+        self._drained = True
+        self._give_back_stock()
         try:
             await asyncio.wait_for(self._ask(self._thread.drain), _DRAINING)
         except TimeoutError:
@@ -143,10 +171,17 @@ class KafkaConsumer(Consumer):
 
     def deliver(self, deliveries: Sequence[KafkaDelivery]) -> None:
         self._thread.landed(len(deliveries))
-        self._sink.deliver(deliveries)
+        self._stock.extend(deliveries)
+        if self._drained:
+            self._give_back_stock()
+        else:
+            self._pour()
 
     def revoked(self, deliveries: Sequence[KafkaDelivery]) -> None:
-        self._sink.revoked(deliveries)
+        here = set(self._stock) & set(deliveries)
+        self._stock = deque(d for d in self._stock if d not in here)
+        if gone := [d for d in deliveries if d not in here]:
+            self._sink.revoked(gone)
 
     def trouble(self, reason: str | None) -> None:
         self._sink.trouble(reason)

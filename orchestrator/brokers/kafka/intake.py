@@ -53,6 +53,7 @@ class Filter:
 class Intake:
     def __init__(self, wanted: Filter, is_current: Callable[[Ledger[KafkaDelivery]], bool]) -> None:
         self.ready: deque[tuple[Ledger[KafkaDelivery], Message]] = deque()
+        self.bytes = 0  # of the bodies in `ready`
         self._wanted, self._is_current = wanted, is_current
         self._waiting: list[tuple[float, int, Ledger[KafkaDelivery], int, Message | None]] = []
         self._fetching: dict[tuple[str, int], tuple[set[int], set[int]]] = {}  # sought now, and next
@@ -71,7 +72,25 @@ class Intake:
             if self._is_unwanted(message, ledger):
                 ledger.finish(offset)
             else:
-                self.ready.append((ledger, message))
+                self._put(ledger, message)
+
+    def _put(self, ledger: Ledger[KafkaDelivery], message: Message) -> None:
+        self.ready.append((ledger, message))
+        self.bytes += len(message.value() or b"")
+
+    def put_back(self, ledger: Ledger[KafkaDelivery], message: Message) -> None:
+        """First in line again."""
+        self.ready.appendleft((ledger, message))
+        self.bytes += len(message.value() or b"")
+
+    def next(self) -> tuple[Ledger[KafkaDelivery], Message]:
+        ledger, message = self.ready.popleft()
+        self.bytes -= len(message.value() or b"")
+        return ledger, message
+
+    def clear(self) -> None:
+        self.ready.clear()
+        self.bytes = 0
 
     def _is_unwanted(self, message: Message, ledger: Ledger[KafkaDelivery]) -> bool:
         """Another subscription's type, or an event_id that this partition has had within the dedup window."""
@@ -98,7 +117,7 @@ class Intake:
         """Keeps a retry until it is due. Beyond the budget its body is dropped, and fetched again by a seek."""
         due = float(client.readable(message.headers()).get(client.DUE) or 0)
         if due <= clock.now():
-            self.ready.append((ledger, message))
+            self._put(ledger, message)
             return
         self._sequence += 1
         size = len(message.value() or b"")
@@ -116,7 +135,7 @@ class Intake:
             if not self._is_current(ledger):
                 continue
             if message is not None:
-                self.ready.append((ledger, message))
+                self._put(ledger, message)
             else:
                 self._fetching.setdefault((ledger.topic, ledger.number), (set(), set()))[1].add(offset)
         for key, (sought, after) in self._fetching.items():
@@ -130,7 +149,7 @@ class Intake:
         if offset in sought or offset in after:
             sought.discard(offset)
             after.discard(offset)
-            self.ready.append((ledger, message))
+            self._put(ledger, message)
 
     def next_due(self) -> float:
         """Seconds until something is due, at most one."""
@@ -147,11 +166,14 @@ class Intake:
             headers=delivery.raw_headers,
             timestamp=(0, int(delivery.time * 1000)),
         )
-        self.ready.appendleft((delivery.ledger, message))
+        self.put_back(delivery.ledger, message)
 
     def forget(self, ledgers: Sequence[Ledger[KafkaDelivery]]) -> None:
         """Those partitions are another's, or begin anew."""
-        self.ready = deque((ledger, message) for ledger, message in self.ready if ledger not in ledgers)
+        kept = [(ledger, message) for ledger, message in self.ready if ledger not in ledgers]
+        self.clear()
+        for ledger, message in kept:
+            self._put(ledger, message)
         for ledger in ledgers:
             self._inboxes.pop((ledger.topic, ledger.number), None)
             self._fetching.pop((ledger.topic, ledger.number), None)

@@ -24,9 +24,12 @@ from orchestrator.brokers.kafka.intake import Filter, Intake, KafkaDelivery, Pla
 from orchestrator.brokers.kafka.positions import Book, Positions, gone
 from orchestrator.errors import BrokerError, BrokerUnavailable, ResourceMissing
 
-#: Records fetched beyond the free slots, so that a freed slot need not wait for the network. They are in nobody's way:
-#: their partition is ours alone.
-_AHEAD = 256
+#: Records and bytes read beyond the free slots before partitions are paused; they are in nobody's way, as their
+#: partition is ours alone. Well above what a burst needs: a paused partition comes back only with the next fetch.
+_AHEAD = 4096
+_AHEAD_BYTES = 16 << 20
+#: Records taken from the client at a time.
+_GULP = 500
 _PROBE = 2.0
 #: Finished records of a retry topic are deleted when so many are there.
 SWEEP = 1000
@@ -150,8 +153,9 @@ class Reader(threading.Thread):
         self._hand_out()
         self._desk.flush()
         now = time.monotonic()
-        pause = min(0.05, 0.001 + (now - self._active) / 10, self._intake.next_due())
-        for message in client.fetch(self._consumer, _AHEAD, pause):
+        idle = now - self._active
+        pause = min(0.001 if idle < 0.05 else idle / 10, 0.05, self._intake.next_due())
+        for message in client.fetch(self._consumer, _GULP, pause):
             self._active = now
             self._take(message)
         self._flow()
@@ -202,7 +206,7 @@ class Reader(threading.Thread):
         held: list[tuple[Book, Message]] = []
         with self._lock:
             while ready and self._free > 0:
-                book, message = ready.popleft()
+                book, message = self._intake.next()
                 offset = message.offset() or 0
                 if not self._positions.is_current(book) or offset in book.in_flight or offset not in book.undone:
                     continue
@@ -212,21 +216,23 @@ class Reader(threading.Thread):
                 batch.append(self._intake.delivery(book, message))
                 self._free -= 1
                 self._landing += 1
-        ready.extendleft(reversed(held))
+        for book, message in reversed(held):
+            self._intake.put_back(book, message)
         if batch:
             self._positions.delivered()
             self._desk.post(lambda: self._desk.owner.deliver(batch))
 
     def _flow(self) -> None:
         """Stops fetching while far more than enough is here."""
-        waiting, here = len(self._intake.ready), set(self._positions.books)
+        full = max(len(self._intake.ready) / _AHEAD, self._intake.bytes / _AHEAD_BYTES)
+        here = set(self._positions.books)
         self._paused &= here
-        if self._draining or waiting >= 2 * _AHEAD:
+        if self._draining or full >= 1:
             flowing = here - self._paused
             if flowing:
                 self._consumer.pause([TopicPartition(*key) for key in flowing])
                 self._paused |= flowing
-        elif self._paused and waiting < _AHEAD:
+        elif self._paused and full < 0.5:
             self._consumer.resume([TopicPartition(*key) for key in self._paused])
             self._paused.clear()
 
@@ -273,7 +279,7 @@ class Reader(threading.Thread):
 
     def drain(self) -> None:
         self._draining = True
-        self._intake.ready.clear()
+        self._intake.clear()
 
     def healed(self) -> None:
         self._positions.healed()
