@@ -11,7 +11,7 @@ import pytest
 
 from orchestrator.brokers.base import Ended, History, Left
 from orchestrator.brokers.redis import consumer as consuming
-from orchestrator.brokers.redis import scripts
+from orchestrator.brokers.redis import reading_scripts as scripts
 from orchestrator.brokers.redis.link import Link
 from orchestrator.errors import OrchestratorError
 from tests.conformance.driver_redis import RedisDriver
@@ -227,6 +227,25 @@ async def test_browsing_ends_though_events_keep_coming(rig: Rig) -> None:
             if seen % 100 == 0:
                 await lab.publish_many(100, "agent.started", channel="events")
         assert seen == 300
+
+
+async def test_a_backlog_is_counted_without_its_bodies(own_rig: Rig, raw: Any) -> None:
+    async with own_rig.lab() as lab:
+        for _ in range(10):
+            await lab.publish("agent.started", channel="events", body=b"{" + b" " * 1_000_000 + b"}")
+        before = (await raw.info("stats"))["total_net_output_bytes"]
+        assert (await lab.lag("auditor")).waiting == 10
+        assert (await raw.info("stats"))["total_net_output_bytes"] - before < 1_000_000
+
+
+async def test_a_read_is_ended_once_however_often_demand_shrinks(own_rig: Rig, raw: Any) -> None:
+    async with own_rig.lab() as lab:
+        reader = await lab.reader(free=64)
+        await elapse(0.5)
+        for free in range(63, 0, -1):
+            reader.demand(free)
+        await elapse(0.1)
+        assert (await raw.info("commandstats"))["cmdstat_client|unblock"]["calls"] <= 2
 
 
 def test_half_a_password_is_not_repeated(tmp_path: Path) -> None:

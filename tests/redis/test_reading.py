@@ -11,7 +11,7 @@ import pytest
 
 from orchestrator.brokers.base import FRESH, Ended, History, Left
 from orchestrator.brokers.redis import consumer as consuming
-from orchestrator.brokers.redis import scripts
+from orchestrator.brokers.redis import reading_scripts as scripts
 from orchestrator.topology.model import Overflow, Retention
 from tests.conformance.rig import Lab, Rig, elapse, eventually
 

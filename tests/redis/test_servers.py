@@ -228,6 +228,15 @@ async def test_a_cluster(cluster: list[RedisServer], tmp_path: Path) -> None:
                 await connection.delete(observed)
 
 
+async def test_a_cluster_that_does_not_know_its_own_address(cluster: list[RedisServer], tmp_path: Path) -> None:
+    for server in cluster:
+        client: Any = Redis.from_url(server.url)
+        await client.config_set("cluster-preferred-endpoint-type", "unknown-endpoint")
+        await client.aclose()
+    async with lab_at(f"redis+cluster://127.0.0.1:{cluster[1].port}", tmp_path) as lab:
+        await round_trip(lab)
+
+
 def test_tls_uses_the_files_that_the_topology_names(tmp_path: Path) -> None:
     from orchestrator.brokers.redis.link import Link
 

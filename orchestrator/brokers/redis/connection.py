@@ -32,7 +32,7 @@ class RedisConnection(Connection):
     def __init__(self, topology: Topology, broker: Broker, name: str, link: Link, version: tuple[int, ...]) -> None:
         self.topology, self.broker, self.link, self.version = topology, broker, link, version
         self._name = name
-        self._resources = Resources(link, topology, broker, version)
+        self.resources = Resources(link, topology, broker, version)
         self._pumps: dict[int, Pump] = {}
         self._consumers: list[RedisConsumer] = []
         self._replies: list[Replies] = []
@@ -47,7 +47,7 @@ class RedisConnection(Connection):
         """The one for the stream's slot: there is one in all when there is no cluster."""
         slot = self.link.slot(stream)
         if slot not in self._pumps:
-            self._pumps[slot] = Pump(self.link, stream, lambda channel: self.restore(channel, None, "0-0"))
+            self._pumps[slot] = Pump(self.link, stream, lambda channel: self.resources.restore(channel, None, "0-0"))
         return self._pumps[slot]
 
     async def cluster_id(self) -> str:
@@ -59,22 +59,16 @@ class RedisConnection(Connection):
     # --- reconcile --------------------------------------------------------------------------------------------
 
     async def observe(self, desired: Sequence[Desired]) -> list[Observed]:
-        return await self._resources.observe(desired)
+        return await self.resources.observe(desired)
 
     async def create(self, desired: Desired) -> None:
-        await self._resources.create(desired)
+        await self.resources.create(desired)
 
     async def update(self, desired: Desired, observed: Observed) -> None:
-        await self._resources.update(desired, observed)
+        await self.resources.update(desired, observed)
 
     async def delete(self, observed: Observed) -> None:
-        await self._resources.delete(observed)
-
-    async def groups(self, stream: str) -> dict[str, dict[str, Any]]:
-        return await self._resources.groups(stream)
-
-    async def restore(self, channel: Channel, subscription: Subscription | None, last: str) -> list[str]:
-        return await self._resources.restore(channel, subscription, last)
+        await self.resources.delete(observed)
 
     # --- events -----------------------------------------------------------------------------------------------
 
@@ -122,7 +116,7 @@ class RedisConnection(Connection):
     ) -> AsyncIterator[Stored]:
         stream = channel.address
         await self.count(channel)
-        info = await self._resources.stream_info(stream)
+        info = await self.resources.stream_info(stream)
         last = resources.position(start)
         end = info["last-generated-id"].decode()
         if last == "$":
@@ -160,7 +154,7 @@ class RedisConnection(Connection):
         found: dict[tuple[str, str], Lag] = {}
         for sub in subscriptions:
             stream = self.topology.channels[sub.channel].address
-            left = await self._resources.backlog(stream, sub.group, sub.events)
+            left = await self.resources.backlog(stream, sub.group, sub.events)
             seconds = max(0.0, await self._now() - left.oldest / 1000) if left.oldest else 0.0
             in_flight = left.pending - left.delayed
             found[sub.agent, sub.channel] = Lag(left.waiting, in_flight, left.delayed, seconds, left.lost)
@@ -169,7 +163,7 @@ class RedisConnection(Connection):
     async def seek(self, subscription: Subscription, start: Start) -> None:
         """What is pending behind the new position is read again from there, so it is no longer pending."""
         source, stream = self._source(subscription), self.topology.channels[subscription.channel].address
-        info, last = await self._resources.stream_info(stream), resources.position(start)
+        info, last = await self.resources.stream_info(stream), resources.position(start)
         command = ["XGROUP", "SETID", stream, subscription.group, last]
         if self.version >= (7,) and last in ("0", "$"):
             read = info["entries-added"] - (info["length"] if last == "0" else 0)
@@ -201,7 +195,7 @@ class RedisConnection(Connection):
         return int(seconds) + int(micros) / 1e6
 
     async def facts(self) -> list[Fact]:
-        info = dict(line.split(":", 1) for line in (await self._info()).splitlines() if ":" in line)
+        info = _info(await self.link.call("", "INFO"))
         version = info.get("redis_version", "?")
         found = [Fact("version", version)]
         if self.version < (7,):
@@ -221,9 +215,6 @@ class RedisConnection(Connection):
         found.append(Fact("clock difference", f"{off:+.1f} s", *(("warning", hint) if abs(off) > 2 else ())))
         return found
 
-    async def _info(self) -> str:
-        return str((await self.link.call("", "INFO")).decode())
-
     async def _setting(self, name: str) -> str:
         try:
             found = await self.link.call("", "CONFIG", "GET", name)
@@ -240,6 +231,10 @@ class RedisConnection(Connection):
         for pump in self._pumps.values():
             await pump.close(3.0)
         await self.link.close()
+
+
+def _info(answer: bytes) -> dict[str, str]:
+    return dict(line.split(":", 1) for line in answer.decode().splitlines() if ":" in line)
 
 
 def _place(entry: str) -> tuple[int, int]:
@@ -282,7 +277,7 @@ class RedisAdapter:
         deadline = loop.time() + patience
         while True:
             try:
-                info = (await asyncio.wait_for(link.call("", "INFO", "server"), patience)).decode()
+                info = _info(await asyncio.wait_for(link.call("", "INFO", "server"), patience))
                 break
             except (TimeoutError, BrokerError) as error:
                 wrong = isinstance(error.__cause__, AuthenticationError) or not isinstance(
@@ -294,13 +289,12 @@ class RedisAdapter:
                     why = error if str(error) else f"no answer in {patience:g} s"
                     raise BrokerUnavailable(f"cannot reach {link.address}: {why}", hint=hint) from error
                 await asyncio.sleep(0.1)
-        found = dict(line.split(":", 1) for line in info.splitlines() if ":" in line)
-        version = tuple(int(part) for part in found.get("redis_version", "0").split(".")[:2])
+        version = tuple(int(part) for part in info.get("redis_version", "0").split(".")[:2])
         if version < (6, 2):
             with contextlib.suppress(BrokerError):
                 await link.close()
             raise BrokerError(
-                f"{link.address} is Redis {found.get('redis_version')}", hint="6.2 is the oldest that works"
+                f"{link.address} is Redis {info.get('redis_version')}", hint="6.2 is the oldest that works"
             )
         return RedisConnection(topology, broker, name, link, version)
 

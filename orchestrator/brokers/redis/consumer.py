@@ -20,9 +20,9 @@ from redis.asyncio import Redis
 from redis.exceptions import NoScriptError
 
 from orchestrator.brokers.base import FRESH, Consumer, Delivery, Done, Ended, History, Left, Outgoing, Sink
-from orchestrator.brokers.redis import scripts
+from orchestrator.brokers.redis import reading_scripts as scripts
 from orchestrator.brokers.redis.entries import parse
-from orchestrator.brokers.redis.link import ERRORS, passing
+from orchestrator.brokers.redis.link import ERRORS, exchange, passing
 from orchestrator.brokers.redis.producer import Source
 from orchestrator.brokers.redis.settling import Holdings, RedisDelivery
 from orchestrator.errors import BrokerError, ResourceMissing
@@ -67,7 +67,7 @@ class RedisConsumer(Consumer):
     async def open(self, sink: Sink) -> None:
         self._sink = sink
         main = self._held.sources[0]
-        if main.group not in await self._connection.groups(main.stream):
+        if main.group not in await self._connection.resources.groups(main.stream):
             raise ResourceMissing(
                 f"the consumer group {main.group} does not exist on the stream {main.stream}",
                 hint="run `orchestrator apply`",
@@ -125,8 +125,9 @@ class RedisConsumer(Consumer):
             self._held.suspect = False
         if self._free <= 0:
             self._wake.clear()
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), 1.0)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(1.0):
+                    await self._wake.wait()
             return
         now = self._loop.time()
         if now >= self._take_at:
@@ -148,18 +149,16 @@ class RedisConsumer(Consumer):
     async def _read(self, wait: float) -> None:
         main = self._held.sources[0]
         reader = self._reader or await self._connect_reader()
-        self._asked = self._free
-        pipe = reader.pipeline(transaction=False)
-        if self._counts:
-            self._look_for_losses(pipe)
-        pipe.execute_command(
-            "XREADGROUP", "GROUP", main.group, self.me, "COUNT", self._asked, "BLOCK", max(1, int(wait * 1000)),
+        read: tuple[Any, ...] = (
+            "XREADGROUP", "GROUP", main.group, self.me, "COUNT", self._free, "BLOCK", max(1, int(wait * 1000)),
             "STREAMS", main.stream, ">",
         )  # fmt: skip
-        if self._counts == "next":
-            self._look_for_losses(pipe)  # remembers the first entry that is still unread
+        look = ("EVALSHA", self._lost_script, 1, main.stream, *main.args, self._counts)
+        # "next": looked at afterwards too, so that the first entry that is still unread is remembered
+        commands = {"": (read,), "count": (look, read), "next": (look, read, look)}[self._counts]
+        self._asked = self._free
         try:
-            answers: list[Any] = await pipe.execute(raise_on_error=False)
+            answers = await exchange(reader, *commands)
         finally:
             self._asked = 0
         for answer in answers:
@@ -167,15 +166,10 @@ class RedisConsumer(Consumer):
                 raise answer
         if self._counts:
             self._lost(answers[0])
-        read = answers[1 if self._counts else 0]
-        if read:
-            entries = read[0][1]
+        if found := answers[1 if self._counts else 0]:
+            entries = found[0][1]
             self._held.last = entries[-1][0].decode()
             self._hand_out([self._delivery(0, entry, flat, 1, None) for entry, flat in entries])
-
-    def _look_for_losses(self, pipe: Any) -> None:
-        main = self._held.sources[0]
-        pipe.execute_command("EVALSHA", self._lost_script, 1, main.stream, *main.args, self._counts)
 
     async def _connect_reader(self) -> Redis:
         reader = await self._link.fresh(self._channel.address)

@@ -43,6 +43,17 @@ class Op:
         self.healed = False
         self.size = sum(len(message.body) + 512 for message in outputs or ()) + 128
 
+    def end(self, word: str) -> None:
+        finish, self.finish = self.finish, _over
+        try:
+            finish(self, word)
+        except Exception:  # a mistake of whoever waits for this one must not cost the others theirs
+            _log.exception("the end of a %s could not be told", self.act)
+
+
+def _over(op: Op, word: str) -> None:
+    """It was told already."""
+
 
 class Source:
     """A stream as one consumer group reads it; `args` is how a script gets it."""
@@ -85,8 +96,7 @@ class Pump:
         self._task.cancel()
         await asyncio.wait([self._task])
         while self._queue:
-            op = self._queue.popleft()
-            op.finish(op, "CLOSED")
+            self._queue.popleft().end("CLOSED")
 
     async def _run(self) -> None:
         pause = 0.05
@@ -105,7 +115,7 @@ class Pump:
                 _log.exception("a batch of %d could not be sent", len(batch))
                 waiting = []
                 for op in batch:
-                    asyncio.get_running_loop().call_soon(op.finish, op, f"{type(error).__name__}: {error}")
+                    op.end(f"{type(error).__name__}: {error}")
             self._queue.extendleft(reversed(waiting))
             if waiting:
                 await asyncio.sleep(pause)
@@ -131,7 +141,7 @@ class Pump:
             if len(batch) > 1:  # one of them is at fault: find out which
                 return [op for one in batch for op in await self._send([one])]
             answers = [str(error).encode()]
-        waiting, loop = [], asyncio.get_running_loop()
+        waiting = []
         for op, answer in zip(batch, answers, strict=True):
             word = "" if answer == 1 else answer.decode("utf-8", "replace").lstrip("-")
             if passing(word) or (word.startswith("OOM") and op.outputs is None):
@@ -141,7 +151,7 @@ class Pump:
                 op.healed = True
                 waiting.append(op)
             else:
-                loop.call_soon(op.finish, op, word)
+                op.end(word)
         if not waiting:
             self._say(None)
         return waiting

@@ -118,6 +118,19 @@ redis.pcall('XGROUP', 'CREATE', KEYS[1], ARGV[1], '0', 'MKSTREAM')
 return redis.call('XADD', KEYS[1], '*', unpack(ARGV, 2))
 """
 
+#: One page of entries without their bodies, which may be large: {id, type or false, whether it is a dead letter} each.
+KINDS = (
+    PRELUDE
+    + """
+local found = {}
+for i, entry in ipairs(redis.call('XRANGE', KEYS[1], ARGV[1], ARGV[2], 'COUNT', ARGV[3])) do
+  local fields = named(entry[2])
+  found[i] = {entry[1], fields.event_type or false, fields['dlq-agent'] and 1 or 0}
+end
+return found
+"""
+)
+
 #: How many entries lie behind an id, counted up to a bound.
 BEHIND = """
 local count, from = 0, '(' .. ARGV[1]

@@ -23,7 +23,6 @@ from orchestrator.brokers.base import (
     Verdict,
 )
 from orchestrator.brokers.redis import resource_scripts
-from orchestrator.brokers.redis.entries import parse
 from orchestrator.brokers.redis.link import Link, base
 from orchestrator.brokers.redis.producer import Source, is_queue
 from orchestrator.errors import BrokerError, RefusedError, ResourceMissing
@@ -187,10 +186,9 @@ class Resources:
         """Unread entries of the types that are read, whether that is exact, and the first one's id."""
         count, first, start = 0, "", last
         for _ in range(_PAGES):
-            page = await self._link.call(stream, "XRANGE", stream, f"({start}", "+", "COUNT", _PAGE)
-            for entry, flat in page:
-                _, headers, kind = parse(flat)
-                if "dlq-agent" not in headers and (kind is None or any(matches(p, kind) for p in events)):
+            page = await self._link.script(resource_scripts.KINDS, [stream], f"({start}", "+", _PAGE)
+            for entry, kind, letter in page:
+                if not letter and (kind is None or _any(events, kind)):
                     count, first = count + 1, first or entry.decode()
             if len(page) < _PAGE:
                 return count, True, first
@@ -275,9 +273,8 @@ class Resources:
         new, old = _patterns(wanted.settings), _patterns(observed.settings)
         last = (await self.groups(stream))[group]["last-delivered-id"].decode()
         start = "-"
-        while page := await self._link.call(stream, "XRANGE", stream, start, last, "COUNT", _PAGE):
-            kinds = [(entry, parse(flat)[2]) for entry, flat in page]
-            passed = [entry for entry, kind in kinds if kind is not None and _any(new, kind) and not _any(old, kind)]
+        while page := await self._link.script(resource_scripts.KINDS, [stream], start, last, _PAGE):
+            passed = [entry for entry, kind, _ in page if kind and _any(new, kind) and not _any(old, kind)]
             source = Source(stream, group, "", queue=True)
             await self._link.script(resource_scripts.STRANDED, [stream], *source.args, len(passed), *passed)
             start = f"({page[-1][0].decode()}"
@@ -351,5 +348,5 @@ def _patterns(settings: Mapping[str, Setting]) -> tuple[str, ...]:
     return events if isinstance(events, tuple) else ()
 
 
-def _any(patterns: Sequence[str], kind: str) -> bool:
-    return any(matches(pattern, kind) for pattern in patterns)
+def _any(patterns: Sequence[str], kind: bytes) -> bool:
+    return any(matches(pattern, kind.decode("utf-8", "replace")) for pattern in patterns)

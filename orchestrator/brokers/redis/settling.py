@@ -11,7 +11,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from orchestrator.brokers.base import Delivery, Done, History, Outgoing, Sink
-from orchestrator.brokers.redis import scripts
+from orchestrator.brokers.redis import reading_scripts as scripts
 from orchestrator.brokers.redis.entries import check
 from orchestrator.brokers.redis.producer import Op, Pump, Source, is_queue, refusal
 from orchestrator.errors import BrokerError, BrokerUnavailable, PublishRejected
@@ -211,7 +211,7 @@ class Holdings:
     async def reclaim(self) -> bool:
         """After the group was made anew: what we are handling becomes ours again. False: it is as it was."""
         main = self.sources[0]
-        if main.group not in await self._connection.groups(main.stream):
+        if main.group not in await self._connection.resources.groups(main.stream):
             await self.heal()
         epoch = await self._link.call(main.stream, "HGET", f"{main.base}:meta", f"epoch/{main.group}") or b"0"
         if epoch == self.epoch:
@@ -237,7 +237,7 @@ class Holdings:
     async def heal(self) -> None:
         """Stream or group were deleted from outside."""
         try:
-            made = await self._connection.restore(self._channel, self._subscription, self.last)
+            made = await self._connection.resources.restore(self._channel, self._subscription, self.last)
         except BrokerError as error:
             self._trouble(str(error))
             await asyncio.sleep(0.2)
