@@ -48,8 +48,10 @@ def jars() -> Path:
     _JARS.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(dir=_JARS.parent))
     done = subprocess.run(
-        ["mvn", "-B", "-q", "-f", str(_POM), f"-Dmaven.repo.local={_JARS.parent / 'm2'}"]
-        + ["dependency:copy-dependencies", f"-DoutputDirectory={fresh}"],
+        [
+            *("mvn", "-B", "-q", "-f", str(_POM), f"-Dmaven.repo.local={_JARS.parent / 'm2'}"),
+            *("dependency:copy-dependencies", f"-DoutputDirectory={fresh}"),
+        ],
         capture_output=True,
         text=True,
         check=False,
