@@ -51,7 +51,7 @@ class KafkaDriver(ServerDriver):
         self, topology: Topology, channel: Channel, event_type: str, body: bytes, headers: Mapping[str, str]
     ) -> None:
         def work() -> None:
-            producer = Producer({"bootstrap.servers": self.bootstrap})
+            producer = Producer({"bootstrap.servers": self.bootstrap, "message.max.bytes": 4 << 20})
             producer.produce(channel.address, body, headers=[(k, v.encode()) for k, v in headers.items()])
             assert producer.flush(15) == 0
 

@@ -326,3 +326,13 @@ async def test_settling_after_close_says_so(rig: Rig) -> None:
         await reader.consumer.close()
         with pytest.raises(BrokerUnavailable):
             await reader.settle(delivery)
+
+
+async def test_an_event_of_the_largest_size_can_still_be_retried(rig: Rig) -> None:
+    async with rig.lab() as lab:
+        body = b"x" * 1_048_000
+        await rig.driver.outside_publish(lab.topology, lab.channel("tasks"), "task.assigned", body, {})
+        reader = await lab.reader(free=2)
+        await reader.retry(await reader.take_one(), replace(FAILED, error="y" * 2000), 0)
+        again = await reader.take_one()
+        assert (again.body, again.history.error) == (body, "y" * 2000)

@@ -7,6 +7,8 @@ tells the loop) · ledger: what of a partition is done (pure) · resources: reco
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from orchestrator.brokers.base import (
     Adapter,
     Allowed,
@@ -22,8 +24,8 @@ from orchestrator.brokers.kafka.connection import KafkaConnection
 from orchestrator.brokers.kafka.consumer import LEASE
 from orchestrator.topology.model import Broker, Channel, Topology
 
-#: Waiting retries of unlike delays lie in unlike partitions, so that each is finished nearly in order.
-RETRY_PARTITIONS = 1
+#: A retry is larger than the event was, by its history; whatever the channel took, its retry topic takes.
+_ROOM = 64 << 20
 
 
 class KafkaAdapter(Adapter):
@@ -59,12 +61,13 @@ class KafkaAdapter(Adapter):
                 address = topology.channels[subscription.channel].address
                 where = ("agents", agent.name, "subscribe")
                 retry = client.retry_topic(subscription)
-                found.append(_internal(broker, retry, RETRY_PARTITIONS, replication, -1, where))
+                found.append(_internal(broker, retry, replication, where, {"max.message.bytes": _ROOM}))
                 name = ResourceId(broker.name, "subscription", f"{address}/{subscription.group}")
                 found.append(Desired(name, {}, where))
         if found:
             replies = client.reply_topic(topology, broker)
-            found.append(_internal(broker, replies, 1, replication, 3_600_000, ("brokers", broker.name)))
+            short = {"retention.ms": 3_600_000}
+            found.append(_internal(broker, replies, replication, ("brokers", broker.name), short))
         return found
 
     def judge(self, kind: str, setting: str, old: Setting, new: Setting, observed: Observed) -> Verdict:
@@ -110,17 +113,15 @@ def _channel(channel: Channel) -> Desired:
     )
 
 
-def _internal(
-    broker: Broker, name: str, partitions: int, replication: int, retention: int, where: tuple[str, ...]
-) -> Desired:
+def _internal(broker: Broker, name: str, replication: int, where: tuple[str, ...], more: Mapping[str, int]) -> Desired:
     settings: dict[str, Setting] = {
-        "num_partitions": partitions,
+        "num_partitions": 1,
         "replication_factor": replication,
         "cleanup.policy": "delete",
-        "retention.ms": retention,
+        "retention.ms": -1,
         "retention.bytes": -1,
     }
-    return Desired(ResourceId(broker.name, "internal", name), settings, where)
+    return Desired(ResourceId(broker.name, "internal", name), settings | dict(more), where)
 
 
 def _shrinks(old: Setting, new: Setting) -> bool:

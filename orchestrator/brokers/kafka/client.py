@@ -54,6 +54,8 @@ TRANSIENT = (
     KafkaError.COORDINATOR_LOAD_IN_PROGRESS,
     KafkaError.NOT_CONTROLLER,
 )
+#: This client will not work again: another has its group.instance.id, or the broker believes so.
+FATAL = (KafkaError._FATAL, KafkaError._FENCED, KafkaError.FENCED_INSTANCE_ID)
 TOO_LARGE = (KafkaError.MSG_SIZE_TOO_LARGE, KafkaError.INVALID_MSG_SIZE)
 
 T = TypeVar("T")

@@ -23,6 +23,8 @@ BODIES = 64 << 20
 #: Recent event ids remembered for each partition.
 _INBOX = 20_000
 
+_TOKEN = 400
+
 Place = tuple[str, int, int]
 
 
@@ -184,14 +186,13 @@ class Intake:
         headers = client.readable(raw)
         history = ledger.histories.get(offset) or history_of(headers.get(client.HISTORY, "")) or FRESH
         place = f"{ledger.topic}:{ledger.number}:{offset}"
-        short = replace(history, error="").encode().decode()
         delivery = KafkaDelivery(
             body=message.value() or b"",
             headers={k: v for k, v in headers.items() if k not in client.MECHANICS},
             event_type=headers.get("event-type"),
             channel=self._wanted.channel,
             position=headers.get(client.ORIGIN, place) if ledger.topic == self._wanted.retry else place,
-            token=json.dumps([ledger.topic, ledger.number, offset, short]).encode(),
+            token=_token(ledger, offset, history),
             time=float(headers.get(client.STORED) or message.timestamp()[1] / 1000),
             redelivered=ledger.redelivered(offset),
             history=history,
@@ -199,6 +200,17 @@ class Intake:
         delivery.ledger, delivery.offset, delivery.key, delivery.raw_headers = ledger, offset, message.key(), raw
         ledger.in_flight[offset] = delivery
         return delivery
+
+
+def _token(ledger: Ledger[KafkaDelivery], offset: int, history: History) -> bytes:
+    """Place and history: a crash can be added to it without reading the record. As much of the error as fits."""
+    room = len(history.error)
+    while True:
+        short = replace(history, error=history.error[:room]).encode().decode()
+        token = json.dumps([ledger.topic, ledger.number, offset, short]).encode()
+        if len(token) <= _TOKEN or not room:
+            return token
+        room = max(0, room - (len(token) - _TOKEN) // 6 - 1)  # a character takes up to six bytes
 
 
 def history_of(text: str) -> History | None:

@@ -89,7 +89,7 @@ class Positions:
         if error is not None or any(tp.error is not None for tp in partitions):
             codes = {tp.error.code() for tp in partitions if tp.error is not None} | {error.code() if error else 0}
             self._refused(books)
-            if KafkaError.FENCED_INSTANCE_ID in codes:
+            if not codes.isdisjoint(client.FATAL):
                 self.fence()
             return
         for tp in partitions:

@@ -179,7 +179,7 @@ class Reader(threading.Thread):
 
     def _move(self) -> None:
         error = self._mover.move(self._consumer, self._is_mine)
-        if error is not None and error.code() == KafkaError.FENCED_INSTANCE_ID:
+        if error is not None and error.code() == KafkaError.FENCED_INSTANCE_ID:  # of the consumer, not of the producer
             self._positions.fence()
 
     def _take(self, message: Message) -> None:
@@ -297,12 +297,10 @@ class Reader(threading.Thread):
         code = error.code()
         if code == KafkaError._ALL_BROKERS_DOWN:
             self._desk.say("not connected")
-        elif code in (KafkaError.FENCED_INSTANCE_ID, KafkaError._FENCED):
+        elif code in client.FATAL or error.fatal():
             self._positions.fence()
         elif code in (KafkaError.SASL_AUTHENTICATION_FAILED, KafkaError._AUTHENTICATION):
             self._desk.say(f"not let in ({error.str()})")
-        elif error.fatal():
-            self._desk.say(error.str())
 
     def _probe(self) -> None:
         """Asks the broker something small: are you there, and are our topics?"""
