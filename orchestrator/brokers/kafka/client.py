@@ -144,7 +144,7 @@ def for_consumer(config: Mapping[str, Any], **more: Any) -> dict[str, Any]:
         "isolation.level": "read_committed",
         "enable.partition.eof": True,
         "fetch.wait.max.ms": 100,  # a partition that is added to a fetch waits for the one under way
-        "queued.min.messages": 2_000,
+        "queued.min.messages": 10_000,
         "queued.max.messages.kbytes": 16 << 10,
         "fetch.error.backoff.ms": 50,
         "fetch.queue.backoff.ms": 10,
@@ -160,7 +160,9 @@ def for_admin(config: Mapping[str, Any]) -> dict[str, Any]:
 def fetch(reader: RawConsumer, count: int, timeout: float) -> list[Message]:
     """Up to `count` messages as soon as there is one; consume() by itself would wait until all are there."""
     first = reader.poll(timeout)
-    return [] if first is None else [first, *reader.consume(count, 0)]
+    if first is None:
+        return []
+    return [first, *reader.consume(count, 0)] if count else [first]
 
 
 def settled(ask: Callable[[], T], what: str) -> T:

@@ -204,6 +204,8 @@ class Intake:
 
 def _token(ledger: Ledger[KafkaDelivery], offset: int, history: History) -> bytes:
     """Place and history: a crash can be added to it without reading the record. As much of the error as fits."""
+    if history is FRESH:
+        return b'["%b",%d,%d,"{}"]' % (ledger.topic.encode(), ledger.number, offset)
     room = len(history.error)
     while True:
         short = replace(history, error=history.error[:room]).encode().decode()
