@@ -62,6 +62,7 @@ class Reader(threading.Thread):
         self._intake = Intake(settings.wanted, self._positions.is_current)
         self._mover = moving.Mover(settings.transactions, self._desk)
         self._commands: deque[tuple[Callable[..., object], tuple[Any, ...]]] = deque()
+        self._called = threading.Event()
         self._lock = threading.Lock()  # of the two counts below
         self._free = 0
         self._landing = 0  # handed to the loop, not delivered yet
@@ -76,6 +77,8 @@ class Reader(threading.Thread):
     def call(self, function: Callable[..., object], *arguments: Any) -> None:
         """Runs `function` in the thread, in order."""
         self._commands.append((function, arguments))
+        if not self._called.is_set():
+            self._called.set()
 
     def answer(self, act: Callable[[], object]) -> None:
         """From a function that was called: runs `act` in the loop."""
@@ -155,9 +158,14 @@ class Reader(threading.Thread):
         now = time.monotonic()
         idle = now - self._active
         pause = min(0.001 if idle < 0.05 else idle / 10, 0.05, self._intake.next_due())
-        # With enough here, the rest waits in the client, which stops fetching by itself: pausing costs half a second.
-        gulp = _GULP if len(self._intake.ready) < _GULP else 0
-        for message in client.fetch(self._consumer, gulp, pause):
+        if len(self._intake.ready) < _GULP:
+            messages = client.fetch(self._consumer, _GULP, pause)
+        else:
+            # Enough is here. The rest waits in the client, which stops fetching by itself (a pause would cost half a
+            # second); this poll is for its callbacks.
+            self._called.wait(min(pause, 0.002))
+            messages = client.fetch(self._consumer, 0, 0)
+        for message in messages:
             self._active = now
             self._take(message)
         self._flow()
@@ -167,6 +175,7 @@ class Reader(threading.Thread):
             self._sweep()
 
     def _run_commands(self) -> bool:
+        self._called.clear()
         worked = bool(self._commands)
         while self._commands:
             function, arguments = self._commands.popleft()
