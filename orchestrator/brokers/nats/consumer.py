@@ -161,6 +161,8 @@ class NatsConsumer(Vigil):
         if batch:
             self._free -= len(batch)
             self._sink.deliver(batch)
+            if self._free > 0 and not self._main.requested:
+                self._ask()  # the last request was for fewer than there are slots, and nobody need tell us again
 
     def _too_many(self, extra: list[NatsDelivery]) -> None:
         """The slots went elsewhere meanwhile: nothing waits here but one redriven event, which is for us alone."""

@@ -36,7 +36,7 @@ async def open_link(broker: Broker, url: str, *, name: str, patience: float, roo
     failures: list[BaseException] = []
 
     async def failed(error: Exception) -> None:
-        failures[:] = [error]
+        failures[:] = [*(e for e in failures[:1] if _unauthorized(e)), error]  # that says more than the reset after it
         link.heard_error(str(error))
 
     async def up() -> None:
@@ -70,7 +70,7 @@ async def open_link(broker: Broker, url: str, *, name: str, patience: float, roo
         await asyncio.wait_for(client.connect(**options), patience)
     except (nats.errors.Error, OSError, TimeoutError, ValueError) as error:
         await client.close()
-        cause = failures[0] if failures and isinstance(error, TimeoutError) else error
+        cause = failures[0] if failures and (isinstance(error, TimeoutError) or _unauthorized(failures[0])) else error
         raise BrokerUnavailable(
             f"cannot connect to NATS at {safe_url(url)}: {str(cause) or type(cause).__name__}",
             hint=_connect_hint(cause, broker),
@@ -80,8 +80,12 @@ async def open_link(broker: Broker, url: str, *, name: str, patience: float, roo
     return link
 
 
+def _unauthorized(error: BaseException) -> bool:
+    return isinstance(error, nats.errors.AuthorizationError) or "authorization" in str(error).lower()
+
+
 def _connect_hint(error: BaseException, broker: Broker) -> str:
-    if isinstance(error, nats.errors.AuthorizationError) or "authorization" in str(error).lower():
+    if _unauthorized(error):
         return f"check brokers.{broker.name}.auth"
     if isinstance(error, ssl.SSLError):
         return f"check brokers.{broker.name}.tls"
