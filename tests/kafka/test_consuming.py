@@ -336,3 +336,23 @@ async def test_an_event_of_the_largest_size_can_still_be_retried(rig: Rig) -> No
         await reader.retry(await reader.take_one(), replace(FAILED, error="y" * 2000), 0)
         again = await reader.take_one()
         assert (again.body, again.history.error) == (body, "y" * 2000)
+
+
+async def test_what_lies_ready_but_was_never_asked_for_goes_to_the_other_replica(rig: Rig) -> None:
+    async with rig.lab(tasks={"partitions": 2}) as lab:
+        first = await lab.reader(free=1)
+        await lab.send(*(lab.message(key=str(number)) for number in range(40)))
+        running = await first.take_one()
+        assert (await lab.lag()).in_flight in (0, 1)  # as of the last commit
+        await eventually(lambda: in_flight(lab), what="one in flight and no more")
+        second = await lab.reader(free=100)
+        await first.settle(running)
+        await eventually(lambda: len(second.seen) >= 10, what="the other partition's events")
+        assert first.lost == []
+        first.demand(100)
+        await eventually(lambda: len(first.seen) + len(second.seen) == 40, what="all events, each once")
+
+
+async def in_flight(lab: Lab) -> bool:
+    lag = await lab.lag()
+    return (lag.waiting, lag.in_flight) == (39, 1)

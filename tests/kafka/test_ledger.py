@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -9,7 +11,12 @@ from orchestrator.brokers.base import History
 from orchestrator.brokers.kafka.ledger import Ledger, backlog
 
 
-def ledger(committed: int = 0, metadata: str = "", owner: str = "a") -> Ledger[str]:
+@dataclass
+class Delivered:
+    handed: bool
+
+
+def ledger(committed: int = 0, metadata: str = "", owner: str = "a") -> Ledger[Delivered]:
     return Ledger("tasks", 0, committed, metadata, owner=owner)
 
 
@@ -122,7 +129,7 @@ def test_the_backlog_is_read_from_a_commit() -> None:
     for offset in range(10):
         one.see(offset)
     one.finish(4)
-    one.in_flight[0] = "running"
+    one.in_flight[0], one.in_flight[1] = Delivered(True), Delivered(False)
     one.lost = 7
     _, metadata = one.snapshot()
     assert backlog(metadata) == (10, 9, 1, 7)

@@ -53,6 +53,8 @@ TRANSIENT = (
     KafkaError.COORDINATOR_NOT_AVAILABLE,
     KafkaError.COORDINATOR_LOAD_IN_PROGRESS,
     KafkaError.NOT_CONTROLLER,
+    KafkaError._TIMED_OUT,
+    KafkaError._TRANSPORT,
 )
 #: This client will not work again: another has its group.instance.id, or the broker believes so.
 FATAL = (KafkaError._FATAL, KafkaError._FENCED, KafkaError.FENCED_INSTANCE_ID)
@@ -154,7 +156,8 @@ def for_consumer(config: Mapping[str, Any], **more: Any) -> dict[str, Any]:
 
 
 def for_admin(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in config.items() if not _CONSUMER_ONLY.match(k) and not _PRODUCER_ONLY.match(k)}
+    given = {k: v for k, v in config.items() if not _CONSUMER_ONLY.match(k) and not _PRODUCER_ONLY.match(k)}
+    return given | {"socket.timeout.ms": 4_000}  # somebody waits; a broker that was away is asked once more
 
 
 def fetch(reader: RawConsumer, count: int, timeout: float) -> list[Message]:

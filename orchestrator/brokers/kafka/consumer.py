@@ -13,6 +13,7 @@ from orchestrator.brokers.base import Consumer, Delivery, Done, Ended, History, 
 from orchestrator.brokers.kafka.client import KafkaProducer, require_safe
 from orchestrator.brokers.kafka.desk import settle
 from orchestrator.brokers.kafka.intake import KafkaDelivery
+from orchestrator.brokers.kafka.positions import Book
 from orchestrator.brokers.kafka.reader import Reader, Settings
 from orchestrator.errors import BrokerError, BrokerUnavailable, PublishRejected
 from orchestrator.topology.model import Subscription
@@ -77,6 +78,9 @@ class KafkaConsumer(Consumer):
         count = min(self._free, len(self._stock))
         if count > 0:
             batch = [self._stock.popleft() for _ in range(count)]
+            for delivery in batch:
+                delivery.handed = True
+            self._thread.call(self._thread.handed)
             self._free -= count
             self._ask_for_more()
             self._sink.deliver(batch)
@@ -177,10 +181,13 @@ class KafkaConsumer(Consumer):
         else:
             self._pour()
 
+    def recall(self, books: Sequence[Book]) -> None:
+        """These partitions are about to go: what of them the worker does not have yet, it does not get."""
+        self._stock = deque(delivery for delivery in self._stock if delivery.ledger not in books)
+
     def revoked(self, deliveries: Sequence[KafkaDelivery]) -> None:
-        here = set(self._stock) & set(deliveries)
-        self._stock = deque(d for d in self._stock if d not in here)
-        if gone := [d for d in deliveries if d not in here]:
+        self.recall([delivery.ledger for delivery in deliveries])
+        if gone := [delivery for delivery in deliveries if delivery.handed]:
             self._sink.revoked(gone)
 
     def trouble(self, reason: str | None) -> None:

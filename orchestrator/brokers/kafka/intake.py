@@ -29,12 +29,13 @@ Place = tuple[str, int, int]
 
 
 class KafkaDelivery(Delivery):
-    __slots__ = ("key", "ledger", "offset", "raw_headers")
+    __slots__ = ("handed", "key", "ledger", "offset", "raw_headers")
 
     ledger: Ledger[KafkaDelivery]
     offset: int
     key: bytes | None
     raw_headers: list[Any]
+    handed: bool  # to the worker; until then it lies ready in the loop
 
     @property
     def place(self) -> Place:
@@ -198,6 +199,7 @@ class Intake:
             history=history,
         )
         delivery.ledger, delivery.offset, delivery.key, delivery.raw_headers = ledger, offset, message.key(), raw
+        delivery.handed = False
         ledger.in_flight[offset] = delivery
         return delivery
 

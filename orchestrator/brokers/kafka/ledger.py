@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from orchestrator.brokers.base import History
 
@@ -23,7 +23,11 @@ _ROOM = 4000
 _SUSPECT = 1024
 
 
-D = TypeVar("D")
+class Handed(Protocol):
+    handed: bool  # the worker has it
+
+
+D = TypeVar("D", bound=Handed)
 
 
 class Ledger(Generic[D]):
@@ -90,6 +94,11 @@ class Ledger(Generic[D]):
         self.histories.pop(offset, None)
         self.dirty = True
 
+    @property
+    def running(self) -> int:
+        """How many the worker has."""
+        return sum(delivery.handed for delivery in self.in_flight.values())
+
     def snapshot(self, *, without: Collection[int] = (), clean: bool = False) -> tuple[int, str]:
         """The offset and metadata to commit, as if `without` were finished. `clean`: nothing of ours is running."""
         holes = [offset for offset in self.undone if offset not in without]
@@ -118,7 +127,7 @@ class Ledger(Generic[D]):
             "clean": clean,
             "edge": edge - low,
             "holes": list(_runs(offset - low for offset in holes)),
-            "running": len(self.in_flight),
+            "running": self.running,
             "lost": self.lost,
             "histories": [(json.loads(history), list(_runs(offsets))) for history, offsets in grouped.items()],
         }

@@ -186,10 +186,12 @@ class Positions:
         going = self._books(partitions)
         running = [book for book in going if book.topic not in self.missing]
         self._forget(going)
+        self._desk.post(lambda: self._desk.owner.recall(going))
+        self._desk.flush()
         until = time.monotonic() + self._handover
         self.abandon_commit()
         self._work()
-        while any(book.in_flight for book in running) and not self._desk.stopping and time.monotonic() < until:
+        while any(book.running for book in running) and not self._desk.stopping and time.monotonic() < until:
             self._commit_now(consumer)
             time.sleep(0.005)
             self._work()
@@ -207,7 +209,7 @@ class Positions:
         """Commits and waits for it, inside a callback, where nobody polls for a report."""
         books = [book for book in self.books.values() if book.dirty or book in going]
         if books and not self.fenced:
-            entries = [entry(book, clean=book in going and not book.in_flight) for book in books]
+            entries = [entry(book, clean=book in going and not book.running) for book in books]
             try:
                 consumer.commit(offsets=entries, asynchronous=False)
             except KafkaException as error:

@@ -230,7 +230,6 @@ class Reader(threading.Thread):
         for book, message in reversed(held):
             self._intake.put_back(book, message)
         if batch:
-            self._positions.delivered()
             self._desk.post(lambda: self._desk.owner.deliver(batch))
 
     def _flow(self) -> None:
@@ -291,6 +290,9 @@ class Reader(threading.Thread):
     def drain(self) -> None:
         self._draining = True
         self._intake.clear()
+
+    def handed(self) -> None:
+        self._positions.delivered()
 
     def healed(self) -> None:
         self._positions.healed()

@@ -224,7 +224,8 @@ class Resources:
             await asyncio.to_thread(self.registry.write, key, entry)
             config = {k: str(v) for k, v in desired.settings.items() if k not in _SHAPE}
             topic = api.NewTopic(name, *(int(str(desired.settings[k])) for k in _SHAPE), config=config)
-            await self.run(self.admin.create_topics, [topic], what=f"creating {name}")
+            mine = (KafkaError.TOPIC_ALREADY_EXISTS,)  # asked twice, as the first answer was lost
+            await self.run(self.admin.create_topics, [topic], what=f"creating {name}", harmless=mine)
             there = await self._appeared(name)
         await asyncio.to_thread(self.registry.write, key, entry | {"id": there.id})
 
