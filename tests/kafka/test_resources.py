@@ -98,7 +98,7 @@ async def test_an_apply_that_was_killed_after_making_a_topic_finds_its_own(
             raise KeyboardInterrupt
 
         monkeypatch.setattr(resources, "_appeared", killed)
-        await resources.run(resources.admin.create_topics, [_compacted(topology)], what="the registry")
+        await resources.run("create_topics", [_compacted(topology)], what="the registry")
         with pytest.raises(KeyboardInterrupt):
             await connection.create(desired[0])
         monkeypatch.undo()
@@ -117,14 +117,14 @@ async def test_a_topic_that_was_made_anew_by_others_is_not_ours(kafka_server: Ka
     async with applied(topology) as (connection, desired):
         name = desired[0].id.name
         outside = connection._resources
-        await outside.run(outside.admin.delete_topics, [name], what="deleting")
+        await outside.run("delete_topics", [name], what="deleting")
         await eventually(lambda: gone(connection, desired[0]), what="the topic's end")
-        await outside.run(outside.admin.create_topics, [admin_api.NewTopic(name, 1, 1)], what="theirs")
+        await outside.run("create_topics", [admin_api.NewTopic(name, 1, 1)], what="theirs")
         (observed,) = [o for o in await connection.observe(desired) if o.id == desired[0].id]
         assert observed.owner is None
         with pytest.raises(RefusedError):
             await connection.create(desired[0])
-        await outside.run(outside.admin.delete_topics, [name], what="deleting")
+        await outside.run("delete_topics", [name], what="deleting")
 
 
 async def gone(connection: KafkaConnection, desired: Desired) -> bool:

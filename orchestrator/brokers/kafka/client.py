@@ -155,9 +155,10 @@ def for_consumer(config: Mapping[str, Any], **more: Any) -> dict[str, Any]:
     return ours | given | {k if k in _CALLBACKS else k.replace("_", "."): v for k, v in more.items()}
 
 
-def for_admin(config: Mapping[str, Any]) -> dict[str, Any]:
+def new_admin(config: Mapping[str, Any]) -> admin.AdminClient:
+    """Answers within seconds or fails: somebody waits, and what failed is asked once more."""
     given = {k: v for k, v in config.items() if not _CONSUMER_ONLY.match(k) and not _PRODUCER_ONLY.match(k)}
-    return given | {"socket.timeout.ms": 4_000}  # somebody waits; a broker that was away is asked once more
+    return admin.AdminClient(given | {"socket.timeout.ms": 4_000})
 
 
 def fetch(reader: RawConsumer, count: int, timeout: float) -> list[Message]:

@@ -14,7 +14,6 @@ from typing import Any
 
 from confluent_kafka import Consumer as RawConsumer
 from confluent_kafka import KafkaError, KafkaException, Message, TopicPartition
-from confluent_kafka.admin import AdminClient
 
 from orchestrator import clock
 from orchestrator.brokers.base import (
@@ -50,13 +49,10 @@ _WAIT = 20
 
 
 class KafkaConnection(Connection):
-    def __init__(
-        self, adapter: Adapter, topology: Topology, broker: Broker, config: dict[str, Any], admin: AdminClient
-    ) -> None:
+    def __init__(self, adapter: Adapter, topology: Topology, broker: Broker, config: dict[str, Any]) -> None:
         self._adapter, self._topology, self._broker, self._config = adapter, topology, broker, config
         registry = Registry(config, client.registry_topic(broker))
-        self._resources = Resources(admin, registry, client.registry_topic(broker), topology.name, broker.name)
-        self._admin = admin
+        self._resources = Resources(config, registry, client.registry_topic(broker), topology.name, broker.name)
         self._registry = registry
         self._producer: KafkaProducer | None = None
         self._consumers: list[KafkaConsumer] = []
@@ -69,16 +65,16 @@ class KafkaConnection(Connection):
     ) -> KafkaConnection:
         config = client.configuration(broker, name)
         try:
-            admin = AdminClient(client.for_admin(config))
-            await asyncio.to_thread(admin.list_topics, timeout=patience)
+            connection = cls(adapter, topology, broker, config)
+            await asyncio.to_thread(connection._resources.admin.list_topics, timeout=patience)
         except KafkaException as error:
             raise client.translate(error, f"cannot reach kafka://{client.address(broker)}") from None
-        return cls(adapter, topology, broker, config, admin)
+        return connection
 
     # --- reconcile --------------------------------------------------------------------------------------------
 
     async def cluster_id(self) -> str:
-        return str(await asyncio.to_thread(self._admin.cluster_id, timeout=10))
+        return str(await asyncio.to_thread(self._resources.admin.cluster_id, timeout=10))
 
     async def observe(self, desired: Sequence[Desired]) -> list[Observed]:
         return await self._resources.observe(desired)
@@ -359,10 +355,10 @@ class KafkaConnection(Connection):
         return len([m async for m in self._read(channel.address, places) if _stored(m).position not in removed])
 
     async def facts(self) -> list[Fact]:
-        cluster = await asyncio.wrap_future(self._admin.describe_cluster())
+        cluster = await asyncio.wrap_future(self._resources.admin.describe_cluster())
         api = client.admin_api
         resource = api.ConfigResource(api.ResourceType.BROKER, str(cluster.nodes[0].id))
-        found = await self._resources.run(self._admin.describe_configs, [resource], what="reading broker settings")
+        found = await self._resources.run("describe_configs", [resource], what="reading broker settings")
         (config,) = found.values()
         value = {name: entry.value for name, entry in config.items()}
         facts = [Fact("cluster", str(cluster.cluster_id)), Fact("brokers", str(len(cluster.nodes)))]

@@ -342,7 +342,7 @@ class Reader(threading.Thread):
                 finished.append(TopicPartition(*key, book.low))
         if finished:
             if self._admin is None:
-                self._admin = client.admin_api.AdminClient(client.for_admin(self._set.consumer))
+                self._admin = client.new_admin(self._set.consumer)
             self._admin.delete_records(finished)  # what fails goes with the next
 
     def _return(self) -> None:
@@ -353,7 +353,7 @@ class Reader(threading.Thread):
             time.sleep(0.05)
             return
         self._probe_at = time.monotonic() + _PROBE
-        admin = client.admin_api.AdminClient(client.for_admin(self._set.consumer))
+        admin = client.new_admin(self._set.consumer)
         members = admin.describe_consumer_groups([self._set.group])[self._set.group].result(5).members
         ours = self._set.consumer["client.id"]
         if any(m.group_instance_id == self._set.owner and m.client_id != ours for m in members):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from datetime import datetime
@@ -25,7 +25,6 @@ from confluent_kafka import (
 )
 from confluent_kafka import Consumer as RawConsumer
 from confluent_kafka import Producer as RawProducer
-from confluent_kafka.admin import AdminClient
 
 from orchestrator.brokers.base import Desired, Observed, ResourceId, Setting, Start
 from orchestrator.brokers.kafka import client
@@ -103,8 +102,11 @@ Bounds = dict[tuple[str, int], tuple[int, int]]
 class Resources:
     """What one topology owns on one cluster."""
 
-    def __init__(self, admin: AdminClient, registry: Registry, registry_name: str, owner: str, broker: str) -> None:
-        self.admin, self.registry = admin, registry
+    def __init__(
+        self, config: Mapping[str, Any], registry: Registry, registry_name: str, owner: str, broker: str
+    ) -> None:
+        self._config, self.registry = config, registry
+        self.admin = client.new_admin(config)
         self._registry_name, self._owner, self._broker = registry_name, owner, broker
 
     # --- observe ----------------------------------------------------------------------------------------------
@@ -225,7 +227,7 @@ class Resources:
             config = {k: str(v) for k, v in desired.settings.items() if k not in _SHAPE}
             topic = api.NewTopic(name, *(int(str(desired.settings[k])) for k in _SHAPE), config=config)
             mine = (KafkaError.TOPIC_ALREADY_EXISTS,)  # asked twice, as the first answer was lost
-            await self.run(self.admin.create_topics, [topic], what=f"creating {name}", harmless=mine)
+            await self.run("create_topics", [topic], what=f"creating {name}", harmless=mine)
             there = await self._appeared(name)
         await asyncio.to_thread(self.registry.write, key, entry | {"id": there.id})
 
@@ -274,14 +276,14 @@ class Resources:
         if "num_partitions" in changed:
             count = int(str(changed.pop("num_partitions")))
             grown = [api.NewPartitions(name, count)]
-            await self.run(self.admin.create_partitions, grown, what=f"adding partitions to {name}")
+            await self.run("create_partitions", grown, what=f"adding partitions to {name}")
         if changed:
             resource = api.ConfigResource(api.ResourceType.TOPIC, name)
             for setting, value in changed.items():
                 resource.add_incremental_config(
                     api.ConfigEntry(setting, str(value), incremental_operation=api.AlterConfigOpType.SET)
                 )
-            await self.run(self.admin.incremental_alter_configs, [resource], what=f"changing {name}")
+            await self.run("incremental_alter_configs", [resource], what=f"changing {name}")
         topic = (await self.describe([name]))[name]
         entry = {"owner": self._owner, "protect": desired.protect, "id": topic.id}
         await asyncio.to_thread(self.registry.write, _key(desired.id), entry)
@@ -298,9 +300,9 @@ class Resources:
                 await asyncio.to_thread(self.registry.write, key, entry)
                 return
             await self.empty(group)
-            await self.run(self.admin.delete_consumer_groups, [group], what=f"deleting {group}", harmless=_UNKNOWN)
+            await self.run("delete_consumer_groups", [group], what=f"deleting {group}", harmless=_UNKNOWN)
         else:
-            await self.run(self.admin.delete_topics, [name], what=f"deleting {name}", harmless=client.GONE)
+            await self.run("delete_topics", [name], what=f"deleting {name}", harmless=client.GONE)
             await self._vanished(name)
         await asyncio.to_thread(self.registry.write, key, None)
 
@@ -321,24 +323,26 @@ class Resources:
         if not await self.describe([self._registry_name]):
             topic = api.NewTopic(self._registry_name, 1, -1, config={"cleanup.policy": "compact"})
             there = (KafkaError.TOPIC_ALREADY_EXISTS,)
-            await self.run(self.admin.create_topics, [topic], what="creating the registry", harmless=there)
+            await self.run("create_topics", [topic], what="creating the registry", harmless=there)
             await self._appeared(self._registry_name)
 
     # --- the cluster, asked ---------------------------------------------------------------------------------------
 
     async def run(
         self,
-        method: Callable[..., Mapping[Any, Future[Any]]],
+        method: str,
         *arguments: Any,
         what: str,
         harmless: Sequence[int] = (),
     ) -> dict[Any, Any]:
         """What a method of the admin client answers for each thing asked; those that failed with a code in `harmless`
         are left out. Asked again while the cluster is electing somebody. Raises BrokerError, naming `what`."""
+        began: Mapping[Any, Future[Any]]
         deadline = asyncio.get_running_loop().time() + _PATIENCE
         while True:
             results, again = {}, False
-            for key, future in method(*arguments).items():
+            began = getattr(self.admin, method)(*arguments)
+            for key, future in began.items():
                 try:
                     results[key] = await asyncio.wrap_future(future)
                 except KafkaException as error:
@@ -347,6 +351,8 @@ class Resources:
                     late = asyncio.get_running_loop().time() > deadline
                     if code not in harmless and (late or code not in client.TRANSIENT):
                         raise client.translate(error, what) from None
+                    if code == KafkaError._TIMED_OUT:  # this client never finds a coordinator that was restarted
+                        self.admin = client.new_admin(self._config)
             if not again:
                 return results
             await asyncio.sleep(0.1)
@@ -356,14 +362,14 @@ class Resources:
         if not names:
             return {}
         asked = TopicCollection(list(names))
-        found = await self.run(self.admin.describe_topics, asked, what="describing topics", harmless=client.GONE)
+        found = await self.run("describe_topics", asked, what="describing topics", harmless=client.GONE)
         return {topic.name: Described(topic) for topic in found.values()}
 
     async def _configs(self, names: Sequence[str]) -> dict[str, dict[str, str]]:
         if not names:
             return {}
         asked = [api.ConfigResource(api.ResourceType.TOPIC, name) for name in names]
-        found = await self.run(self.admin.describe_configs, asked, what="reading topic settings")
+        found = await self.run("describe_configs", asked, what="reading topic settings")
         return {
             resource.name: {entry.name: entry.value for entry in config.values()} for resource, config in found.items()
         }
@@ -375,7 +381,7 @@ class Resources:
             return {}
         ends: list[dict[tuple[str, int], int]] = []
         for spec in (api.OffsetSpec.earliest(), api.OffsetSpec.latest()):
-            found = await self.run(self.admin.list_offsets, dict.fromkeys(places, spec), what="reading offsets")
+            found = await self.run("list_offsets", dict.fromkeys(places, spec), what="reading offsets")
             ends.append({(place.topic, place.partition): result.offset for place, result in found.items()})
         return {place: (low, ends[1][place]) for place, low in ends[0].items()}
 
@@ -383,7 +389,7 @@ class Resources:
         """Every position of `group`, with its metadata; none when there is no such group."""
         asked = [ConsumerGroupTopicPartitions(group)]
         what = f"reading positions of {group}"
-        found = await self.run(self.admin.list_consumer_group_offsets, asked, what=what, harmless=_UNKNOWN)
+        found = await self.run("list_consumer_group_offsets", asked, what=what, harmless=_UNKNOWN)
         return [tp for result in found.values() for tp in result.topic_partitions or () if tp.offset >= 0]
 
     async def positions(self, group: str, topic: str, partitions: int) -> dict[int, int]:
@@ -396,7 +402,7 @@ class Resources:
             TopicPartition(topic, n, offset) for n, offset in (await self.places(topic, partitions, start)).items()
         ]
         request = ConsumerGroupTopicPartitions(group, target)
-        placed = await self.run(self.admin.alter_consumer_group_offsets, [request], what=f"positioning {group}")
+        placed = await self.run("alter_consumer_group_offsets", [request], what=f"positioning {group}")
         for result in placed.values():
             for tp in result.topic_partitions:
                 if tp.error is not None:
@@ -409,7 +415,7 @@ class Resources:
         if isinstance(start, datetime):
             spec = api.OffsetSpec.for_timestamp(int(start.timestamp() * 1000))
             asked = {TopicPartition(topic, n): spec for n in range(partitions)}
-            found = await self.run(self.admin.list_offsets, asked, what="reading offsets")
+            found = await self.run("list_offsets", asked, what="reading offsets")
             later = {place.partition: result.offset for place, result in found.items()}
             at = {n: later[n] if later[n] >= 0 else bounds[topic, n][1] for n in range(partitions)}
         return at
@@ -417,7 +423,7 @@ class Resources:
     async def empty(self, group: str) -> None:
         """Returns when nobody is in the group; who was killed stays until its session ends. Raises RefusedError."""
         for _ in range(_SESSION):
-            found = await self.run(self.admin.describe_consumer_groups, [group], what=group, harmless=_UNKNOWN)
+            found = await self.run("describe_consumer_groups", [group], what=group, harmless=_UNKNOWN)
             if not any(one.members for one in found.values()):
                 return
             await asyncio.sleep(0.1)
