@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from orchestrator import Client
+from orchestrator.errors import BrokerUnavailable
 from orchestrator.event import AgentEvent
 
 from .crew import Crew
@@ -43,7 +44,10 @@ async def outputs(lab: Lab, event_type: str = "agent.done") -> Counter[int]:
 
 
 async def at_rest(lab: Lab) -> bool:
-    lag = await lab.lag()
+    try:
+        lag = await lab.lag()
+    except BrokerUnavailable:  # it has been killed, and is coming back
+        return False
     return bool(lag.waiting == lag.in_flight == lag.delayed == 0)
 
 
