@@ -35,7 +35,8 @@ from orchestrator.brokers.kafka.desk import settle
 from orchestrator.brokers.kafka.intake import Filter
 from orchestrator.brokers.kafka.ledger import backlog
 from orchestrator.brokers.kafka.reader import Settings
-from orchestrator.brokers.kafka.resources import Registry, Resources
+from orchestrator.brokers.kafka.registry import Registry
+from orchestrator.brokers.kafka.resources import Resources
 from orchestrator.errors import BrokerError, ResourceMissing
 from orchestrator.topology.model import Broker, Channel, Subscription, Topology, matches
 
