@@ -2,7 +2,8 @@
 
 client: configuration, names, errors, the producer · consumer: what the loop calls · reader: the thread that owns a
 consumer, with positions (its partitions), intake (what it reads), moving (retries, dead letters) and desk (what it
-tells the loop) · ledger: what of a partition is done (pure) · resources, registry: reconcile · connection: everything else.
+tells the loop) · ledger: what of a partition is done (pure) · resources, registry:
+reconcile · connection: everything else.
 """
 
 from __future__ import annotations
