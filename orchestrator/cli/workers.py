@@ -34,8 +34,10 @@ def stop(
 ) -> None:
     """Drain the workers and end the supervisor. What is on the brokers stays."""
     topology = load_topology(files, sets, vars_files)
+    control = _control(topology)
+    asyncio.run(control.ping())  # nothing is said to be draining where nothing runs
     console.say(f"draining the workers of {topology.name}")
-    asyncio.run(_control(topology).stop())
+    asyncio.run(control.stop())
     _done(output, topology, f"{topology.name} has stopped")
 
 

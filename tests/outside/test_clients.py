@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import nats
@@ -33,28 +34,30 @@ def eventually(ready: Callable[[], bool], what: str, patience: float = 30.0) -> 
         time.sleep(0.2)
 
 
-@pytest.fixture
-def nats_team(nats_server: NatsServer, tmp_path: Path) -> Iterator[Team]:
-    team = Team(tmp_path, nats_server.url).start()
+@contextmanager
+def running(url: str, folder: Path) -> Iterator[Team]:
+    team = Team(folder, url).start()
     yield team
     team.stop()
     team.command("destroy", "--yes", *LOSSES)
+
+
+@pytest.fixture
+def nats_team(nats_server: NatsServer, tmp_path: Path) -> Iterator[Team]:
+    with running(nats_server.url, tmp_path) as team:
+        yield team
 
 
 @pytest.fixture
 def redis_team(redis_server: RedisServer, tmp_path: Path) -> Iterator[Team]:
-    team = Team(tmp_path, redis_server.url).start()
-    yield team
-    team.stop()
-    team.command("destroy", "--yes", *LOSSES)
+    with running(redis_server.url, tmp_path) as team:
+        yield team
 
 
 @pytest.fixture
 def kafka_team(kafka_server: KafkaServer, tmp_path: Path) -> Iterator[Team]:
-    team = Team(tmp_path, kafka_server.url).start()
-    yield team
-    team.stop()
-    team.command("destroy", "--yes", *LOSSES)
+    with running(kafka_server.url, tmp_path) as team:
+        yield team
 
 
 LOSSES = [
