@@ -11,15 +11,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from orchestrator.brokers import registry
-from orchestrator.brokers.base import ResourceId
+from orchestrator.brokers.base import Desired, ResourceId
 from orchestrator.errors import HandlerLoadError, RefusedError
 from orchestrator.operate import check
 from orchestrator.operate.session import session
 from orchestrator.reconcile import service
-from orchestrator.reconcile.plan import Action, Operation, Plan
+from orchestrator.reconcile.plan import Action, Operation, Plan, inside
 from orchestrator.reconcile.planner import Consent
+from orchestrator.reconcile.rivals import queues
 from orchestrator.supervisor.control import ControlClient
-from orchestrator.topology.model import Mode, Topology
+from orchestrator.topology.model import Topology
 
 
 class Handover:
@@ -81,21 +82,20 @@ async def without_workers(topology: Topology, before: Topology, plan: Plan) -> P
 
 def _readers(topology: Topology) -> dict[ResourceId, str]:
     """The subscriptions of our own agents in `topology`, and whose they are."""
-    wanted = (d for b in topology.brokers.values() for d in registry.adapter(b.kind).desired(topology, b))
     return {
         d.id: d.where[1]
-        for d in wanted
+        for d in _desired(topology)
         if d.id.kind == "subscription" and d.where[0] == "agents" and not topology.agents[d.where[1]].external
     }
 
 
 def _taken_over(topology: Topology, plan: Plan, going: Sequence[Operation]) -> list[Operation]:
     """Those of a queue in which another agent's subscription is made: a type has one reader there."""
-    queues = {(c.broker, c.address) for c in topology.channels.values() if c.mode is Mode.QUEUE}
-    made = {_channel(o) for o in plan.pending if o.action is Action.CREATE and o.resource.kind == "subscription"}
-    return [o for o in going if _channel(o) in queues & made]
+    made = [o.resource for o in plan.pending if o.action is Action.CREATE and o.resource.kind == "subscription"]
+    taken = [q for q in queues(topology, _desired(topology)) if any(inside(new, q) for new in made)]
+    return [o for o in going if any(inside(o.resource, queue) for queue in taken)]
 
 
-def _channel(operation: Operation) -> tuple[str, str]:
-    """Broker and address of the channel that a subscription reads."""
-    return operation.resource.broker, operation.resource.name.rpartition("/")[0]
+def _desired(topology: Topology) -> list[Desired]:
+    """All that `topology` asks of its brokers."""
+    return [d for b in topology.brokers.values() for d in registry.adapter(b.kind).desired(topology, b)]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -210,6 +210,32 @@ class Plan:
         if not isinstance(data, dict):
             raise PlanError(f"{path} is not a plan file", hint="make it again: orchestrator plan --out FILE")
         return cls.from_json(data)
+
+
+def refuse(base: Operation, cause: str, *, hint: str) -> Operation:
+    """`base`, not to be carried out."""
+    return replace(base, action=Action.REFUSE, cause=cause, hint=hint)
+
+
+def inside(resource: ResourceId, channel: ResourceId) -> bool:
+    """Whether `resource` is a subscription of `channel`."""
+    return resource.broker == channel.broker and resource.name.startswith(f"{channel.name}/")
+
+
+def holding(item: Observed | Operation) -> str:
+    """What a resource holds, in words: "about 1,204 events (3.1 MiB)"."""
+    many = f"{item.events:,} event{'' if item.events == 1 else 's'}"
+    return f"{'' if item.exact else 'up to '}{many}" + (f" ({size(item.bytes)})" if item.bytes else "")
+
+
+def size(count: int) -> str:
+    """Bytes in the largest binary unit that keeps the figure at 1 or more."""
+    value = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} TiB"
 
 
 def stale_reasons(saved: Plan, fresh: Plan) -> list[str]:

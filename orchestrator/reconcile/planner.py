@@ -7,6 +7,7 @@ The rules, in the order in which they are asked of one resource:
    loss was named (--allow-loss), which makes the first a replacement.   5. protected: never deleted, never shrunk.
 6. ours, but in no file: a subscription (or internal resource) without events goes; anything else is listed, and goes
    with --prune; if it holds events, only when its name was given to --allow-loss.
+7. nothing takes from another what it holds, or what it is to get: reconcile.rivals.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from orchestrator.brokers.base import Allowed, Desired, Observed, ResourceId, Setting, Verdict
-from orchestrator.reconcile.plan import Action, Change, Operation, Plan, WorkerStep
+from orchestrator.reconcile import rivals
+from orchestrator.reconcile.plan import Action, Change, Operation, Plan, WorkerStep, holding, inside, refuse
 from orchestrator.topology.model import Agent, Mark, Topology, digest
 
 #: Adapter.judge, bound to the broker of the observed resource.
@@ -67,7 +69,8 @@ def plan(
             if operation.action is Action.REPLACE and item.id.kind == "channel":
                 replaced.append(item.id)
     orphans = [o for o in observed if o.id not in wanted and o.owner == topology.name]
-    operations = _in_order(operations, _orphans(orphans, consent))
+    left = _orphans(orphans, consent)
+    operations = _in_order(rivals.refuse_readers(topology, desired, operations, left), left)
     return Plan(
         topology=topology.name,
         revision=topology.revision(),
@@ -87,7 +90,7 @@ def plan_destroy(topology: Topology, observed: Sequence[Observed], *, consent: C
     going = {o.id for o in owned if o.id.kind == "channel"}
     operations = []
     for item in sorted(owned, key=lambda o: _DELETE_ORDER[o.id.kind]):
-        covered = item.id.kind == "subscription" and any(_inside(item.id, channel) for channel in going)
+        covered = item.id.kind == "subscription" and any(inside(item.id, channel) for channel in going)
         operations.append(_deletion(item, "destroy was asked for", consent, covered=covered))
     return Plan(
         topology=topology.name,
@@ -179,14 +182,14 @@ def _change(
     never = [(c, v) for c, v in verdicts if v.allowed is Allowed.NEVER]
     swap = [(c, v) for c, v in verdicts if v.allowed is Allowed.REPLACE]
     if never:
-        return _refuse(
+        return refuse(
             base,
             f"{_why(never)}",
             hint=f"set {never[0][0].setting} back to {never[0][0].old!r}, or give it a new "
             f"{'group' if want.id.kind == 'subscription' else 'address'} in the file",
         )
     if (want.protect or have.protect) and (swap or losses):
-        return _refuse(
+        return refuse(
             base,
             "it is protected, and this would " + (f"lose {losses[0]}" if losses else "replace it"),
             hint="take the change back; a protected resource is unprotected only by `protect: false` and an apply",
@@ -195,13 +198,13 @@ def _change(
         everything = "its position" if want.id.kind == "subscription" else "everything in it"
         if consent.names(want.id):
             return replace(base, action=Action.REPLACE, cause=f"{_why(swap)}", loses=everything, needs=want.id.name)
-        return _refuse(
+        return refuse(
             replace(base, loses=everything, needs=want.id.name),
             f"{_why(swap)}",
             hint=f"to delete and create it, losing {everything}: --allow-loss={want.id.name}",
         )
     if losses and not consent.names(want.id):
-        return _refuse(
+        return refuse(
             replace(base, needs=want.id.name),
             f"it would lose {'; '.join(losses)}",
             hint=f"to accept that: --allow-loss={want.id.name}",
@@ -239,7 +242,7 @@ def _orphans(orphans: Sequence[Observed], consent: Consent) -> list[Operation]:
     ]
     going = {c.resource for c in channels if c.action is Action.DELETE}
     for item in sorted((o for o in orphans if o.id.kind != "channel"), key=lambda o: _DELETE_ORDER[o.id.kind]):
-        covered = any(_inside(item.id, channel) for channel in going)
+        covered = any(inside(item.id, channel) for channel in going)
         if item.protect:
             operations.append(_keep(item))
         elif item.events == 0 or covered:
@@ -275,7 +278,7 @@ def _deletion(item: Observed, cause: str, consent: Consent, *, covered: bool = F
         observed=item,
     )
     if item.protect:
-        return _refuse(
+        return refuse(
             base,
             "it is protected",
             hint="it stays: unprotect it first by naming it in the file with `protect: false` and an apply",
@@ -283,7 +286,7 @@ def _deletion(item: Observed, cause: str, consent: Consent, *, covered: bool = F
     if item.events and not covered:
         base = replace(base, needs=item.id.name)
         if not consent.names(item.id):
-            return _refuse(
+            return refuse(
                 base,
                 "it holds events, and their loss was not named",
                 hint=f"to lose them: --allow-loss={item.id.name}{_renamed(item)}",
@@ -316,26 +319,6 @@ def _keep(item: Observed) -> Operation:
     )
 
 
-def holding(item: Observed | Operation) -> str:
-    """What a resource holds, in words: "about 1,204 events (3.1 MiB)"."""
-    many = f"{item.events:,} event{'' if item.events == 1 else 's'}"
-    return f"{'' if item.exact else 'up to '}{many}" + (f" ({size(item.bytes)})" if item.bytes else "")
-
-
-def size(count: int) -> str:
-    """Bytes in the largest binary unit that keeps the figure at 1 or more."""
-    value = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1024:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1024
-    return f"{value:.1f} TiB"
-
-
-def _refuse(base: Operation, cause: str, *, hint: str) -> Operation:
-    return replace(base, action=Action.REFUSE, cause=cause, hint=hint)
-
-
 def _why(verdicts: Sequence[tuple[Change, Verdict]]) -> str:
     return "; ".join(f"{c.setting} cannot be changed in place{f': {v.why}' if v.why else ''}" for c, v in verdicts)
 
@@ -344,12 +327,8 @@ def _settings(want: Desired) -> tuple[Change, ...]:
     return tuple(Change(name, None, value) for name, value in want.settings.items())
 
 
-def _inside(resource: ResourceId, channel: ResourceId) -> bool:
-    return resource.broker == channel.broker and resource.name.startswith(f"{channel.name}/")
-
-
 def _replaced_parent(resource: ResourceId, replaced: Sequence[ResourceId]) -> ResourceId | None:
-    return next((channel for channel in replaced if _inside(resource, channel)), None)
+    return next((channel for channel in replaced if inside(resource, channel)), None)
 
 
 def _unknown_names(consent: Consent, present: Collection[ResourceId]) -> Iterable[str]:

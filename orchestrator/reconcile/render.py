@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from orchestrator.brokers.base import Setting
-from orchestrator.reconcile.plan import Action, Operation, Plan
-from orchestrator.reconcile.planner import holding
+from orchestrator.reconcile.plan import Action, Operation, Plan, holding
 from orchestrator.topology.model import Mark
 
 _INDENT = " " * 12

@@ -59,6 +59,20 @@ def test_agents_that_go_take_their_subscriptions_with_them_and_a_queue_changes_h
     wait(lambda: ran(folder.path) == ["old 1", "new 2"], lambda: str(ran(folder.path)))
 
 
+def test_a_renamed_agent_reads_on_with_its_group_and_is_refused_without(folder: Folder) -> None:
+    folder.write("agents.py", HANDLERS)
+    agents(folder, old="task.run@agents")
+    folder.ok("apply", "--yes", "--no-workers")
+    folder.ok("publish", "task.run", '{"n": 1}')
+    agents(folder, new="task.run@agents")
+    assert folder.run("plan").code == 1
+    assert "`group: change-old`" in folder.refused("apply", "--yes", "--no-workers")
+    text = (folder.path / "topology.yaml").read_text()
+    folder.write("topology.yaml", text.replace("new: {", "new: {group: change-old, "))
+    folder.ok("apply", "--yes", "-d")
+    wait(lambda: ran(folder.path) == ["new 1"], lambda: str(ran(folder.path)))
+
+
 def test_without_workers_nothing_is_taken_from_under_those_that_run(folder: Folder) -> None:
     folder.write("agents.py", HANDLERS)
     agents(folder, old="task.run@agents", reader="news.*@agents")

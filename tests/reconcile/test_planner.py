@@ -111,6 +111,16 @@ CASES: Mapping[str, Plan] = {
     "renamed-waiting": made(
         [channel(), subscription("TASKS/press-author")], [there(channel(), events=3), there(subscription(), events=3)]
     ),
+    "renamed-beside": made(
+        [channel(), subscription("TASKS/press-author", events=("task.new",))],
+        [there(channel(), events=3), there(subscription(events=("task.old", "task.older")), events=3)],
+    ),
+    "renamed-lost": made(
+        [channel(), subscription("TASKS/press-author")],
+        [there(channel(), events=3), there(subscription(), events=3)],
+        "TASKS/press-writer",
+        prune=True,
+    ),
     "nothing": made([channel(max_age=60)], [there(channel(max_age=60), events=4)]),
     "change-in-place": made([channel(max_age=90)], [there(channel(max_age=60), events=4)]),
     "shrink-refused": made([channel(max_age=30)], [there(channel(max_age=60), events=1204)]),

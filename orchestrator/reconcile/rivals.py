@@ -1,0 +1,54 @@
+"""Which steps would take away what another holds (walk "apply", fourth step; rule 7 of the planner). Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from orchestrator.brokers.base import Desired, ResourceId
+from orchestrator.reconcile.plan import Action, Operation, holding, inside, refuse
+from orchestrator.topology.model import Mode, Topology
+from orchestrator.topology.routing import intersection
+
+
+def queues(topology: Topology, desired: Iterable[Desired]) -> set[ResourceId]:
+    """The channels among `desired` in which each event type has one reader."""
+    names = {name for name, channel in topology.channels.items() if channel.mode is Mode.QUEUE}
+    return {d.id for d in desired if d.id.kind == "channel" and d.where[1] in names}
+
+
+def refuse_readers(
+    topology: Topology, desired: Sequence[Desired], asked: Sequence[Operation], left: Sequence[Operation]
+) -> list[Operation]:
+    """`asked`, refusing what would begin to read from a queue beside a subscription of no file (one of `left`) that
+    holds events: its agent was renamed, most likely, and they would never be handled, or be handled twice."""
+    lasting = queues(topology, desired) - {o.resource for o in asked if o.action is Action.REPLACE}
+    kept = [o for o in left if o.action is Action.KEEP and o.events]
+    waiting = {queue: olds for queue in lasting if (olds := [o for o in kept if inside(o.resource, queue)])}
+    return [
+        next((_beside(o, old) for q, olds in waiting.items() for old in olds if _begins(o, q) and _same(o, old)), o)
+        for o in asked
+    ]
+
+
+def _begins(operation: Operation, queue: ResourceId) -> bool:
+    return operation.action in (Action.CREATE, Action.UPDATE) and inside(operation.resource, queue)
+
+
+def _same(one: Operation, other: Operation) -> bool:
+    """Whether two subscriptions of a queue read a common event type, as far as its broker keeps the patterns that a
+    subscription reads: a tuple among its settings."""
+    wanted = one.desired.settings if one.desired else {}
+    there = other.observed.settings if other.observed else {}
+    pairs = [(value, there.get(name)) for name, value in wanted.items()]
+    kept = [(new, old) for new, old in pairs if isinstance(new, tuple) and isinstance(old, tuple)]
+    return not kept or any(intersection(a, b) for new, old in kept for a in new for b in old)
+
+
+def _beside(operation: Operation, old: Operation) -> Operation:
+    agent = operation.desired.where[1] if operation.desired else ""
+    return refuse(
+        operation,
+        f"{holding(old)} wait in {old.resource}, which no file names any more: {agent} would not read on from there",
+        hint=f"if {agent} is its agent renamed, give it `group: {old.resource.name.rpartition('/')[2]}`; "
+        f"to lose what waits: --prune --allow-loss={old.resource.name}",
+    )
