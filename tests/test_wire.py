@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from orchestrator import AgentEvent, wire
-from orchestrator.brokers.base import Delivery
+from orchestrator.brokers.base import Delivery, Outgoing
 from orchestrator.errors import DecodeError, HandlerLoadError, PayloadError, PublishRejected, RoutingError
 from orchestrator.event import NAMESPACE, position_id
 from orchestrator.topology.model import Agent, Broker, Channel, Mode, Publication, Topology
@@ -64,7 +64,7 @@ def origin(**fields: Any) -> wire.Origin:
     return wire.Origin("research", event, "00-" + "a" * 32 + "-" + "b" * 16 + "-01", ("conversation_id", "absent"))
 
 
-def built(event_type: str, payload: Any, index: int = 0, **options: Any) -> wire.Built:
+def built(event_type: str, payload: Any, index: int = 0, **options: Any) -> Outgoing:
     found = origin(metadata={"conversation_id": "v", "secret": 1})
     return wire.build(ROUTES.find(event_type), event_type, payload, found, index, **options)
 
@@ -76,7 +76,7 @@ def delivery(body: bytes = b"{}", headers: dict[str, str] | None = None, event_t
 
 
 def test_an_output_is_an_agent_event_with_its_context() -> None:
-    message = built("agent.started", {"q": "Ä\n"}, target_agent="writing", metadata={"more": 1}).message
+    message = built("agent.started", {"q": "Ä\n"}, target_agent="writing", metadata={"more": 1})
     event = AgentEvent.from_bytes(message.body)
     assert (event.event_type, event.source_agent, event.target_agent) == ("agent.started", "research", "writing")
     assert event.correlation_id == message.correlation_id == message.key == "c1"
@@ -94,12 +94,12 @@ def test_our_uuid5_is_the_standard_one(name: bytes) -> None:
 
 
 def test_child_ids_are_stable_and_depend_on_the_content() -> None:
-    same = {built("agent.started", {"a": 1}).message.event_id for _ in range(3)}
+    same = {built("agent.started", {"a": 1}).event_id for _ in range(3)}
     others = {
-        built("agent.started", {"a": 2}).message.event_id,
-        built("agent.started", {"a": 1}, index=1).message.event_id,
-        built("agent.completed", {"a": 1}).message.event_id,
-        built("agent.started", {"a": 1}, target_agent="x").message.event_id,
+        built("agent.started", {"a": 2}).event_id,
+        built("agent.started", {"a": 1}, index=1).event_id,
+        built("agent.completed", {"a": 1}).event_id,
+        built("agent.started", {"a": 1}, target_agent="x").event_id,
     }
     assert len(same) == 1
     assert len(others | same) == 5
@@ -109,7 +109,7 @@ def test_a_model_is_a_payload_and_a_list_is_none() -> None:
     class Result(BaseModel):
         n: int
 
-    assert AgentEvent.from_bytes(built("agent.started", Result(n=3)).message.body).payload == {"n": 3}
+    assert AgentEvent.from_bytes(built("agent.started", Result(n=3)).body).payload == {"n": 3}
     for wrong in ([1], "x", 3, {"x": object()}, {"x": "\ud800"}):
         with pytest.raises(PayloadError):
             built("agent.started", wrong)
@@ -131,21 +131,21 @@ def test_a_hostile_type_is_refused(name: str) -> None:
 
 
 def test_the_channel_key_orders_and_must_be_there() -> None:
-    assert built("order.created", {"customer": {"id": 7}}).message.key == "7"
-    assert built("order.created", {}, key="given").message.key == "given"
+    assert built("order.created", {"customer": {"id": 7}}).key == "7"
+    assert built("order.created", {}, key="given").key == "given"
     with pytest.raises(PayloadError, match=r"payload\.customer\.id"):
         built("order.created", {"customer": {}})
 
 
 def test_schemas_are_checked_at_publish() -> None:
-    assert built("strict.one", {"n": 1}).message.channel is STRICT
+    assert built("strict.one", {"n": 1}).channel is STRICT
     with pytest.raises(PayloadError, match=r"\$\.n.*strict|strict.*\$\.n"):
         built("strict.one", {"n": "x"})
     built("strict.two", {"n": "x"})
 
 
 def test_the_json_codec_keeps_the_envelope_in_headers() -> None:
-    message = built("bare.thing", {"n": 1}, target_agent="writing").message
+    message = built("bare.thing", {"n": 1}, target_agent="writing")
     assert json.loads(message.body) == {"n": 1}
     back = wire.decode(
         Delivery(

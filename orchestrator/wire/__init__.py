@@ -4,14 +4,13 @@ codecs: body <-> AgentEvent · routes: which channel takes a type, its key and i
 event · letters: dead letters · names: identifiers, trace context and what may stand in a subject or header.
 """
 
-from orchestrator.wire.building import Built, Origin, build, from_event, reply_to
+from orchestrator.wire.building import Origin, build, from_event, reply_to
 from orchestrator.wire.codecs import Codec, codec, decode
 from orchestrator.wire.letters import Failure, Letter, dead_letter, failed_event, original_headers, parse
 from orchestrator.wire.names import child_id, child_traceparent, new_traceparent, one_line
 from orchestrator.wire.routes import Route, Routes, key_text, value_at
 
 __all__ = [
-    "Built",
     "Codec",
     "Failure",
     "Letter",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Any, NamedTuple
+from typing import Any
 
 from pydantic import BaseModel
 from pydantic_core import from_json, to_json
@@ -38,36 +38,19 @@ def _now_json() -> bytes:
 
 
 class Origin:
-    """What everything published while one event is handled has in common; some of it as JSON already."""
+    """What everything published while one event is handled has in common, most of it as JSON already."""
 
-    __slots__ = (
-        "agent",
-        "agent_json",
-        "correlation_id",
-        "correlation_json",
-        "event_id",
-        "metadata",
-        "metadata_json",
-        "traceparent",
-    )
+    __slots__ = ("agent", "causation", "correlation", "correlation_id", "event_id", "source", "traceparent")
 
     def __init__(self, agent: str, event: AgentEvent, traceparent: str, propagate: tuple[str, ...]) -> None:
         self.agent = agent
-        self.agent_json = to_json(agent)
         self.event_id = event.event_id
         self.correlation_id = event.correlation_id
-        self.correlation_json = to_json(event.correlation_id)
         self.traceparent = traceparent
-        self.metadata: dict[str, Any] = {name: event.metadata[name] for name in propagate if name in event.metadata}
-        self.metadata["causation_id"] = event.event_id
-        self.metadata_json = to_json(self.metadata)
-
-
-class Built(NamedTuple):
-    """An output, and the JSON of its payload."""
-
-    message: Outgoing
-    payload: bytes
+        self.causation: dict[str, Any] = {name: event.metadata[name] for name in propagate if name in event.metadata}
+        self.causation["causation_id"] = event.event_id
+        self.source = b',"source_agent":%b,"target_agent":' % to_json(agent)
+        self.correlation = b',"correlation_id":%b,"timestamp":"' % to_json(event.correlation_id)
 
 
 def build(
@@ -76,13 +59,12 @@ def build(
     payload: Mapping[str, Any] | BaseModel,
     origin: Origin,
     index: int,
-    *,
     target_agent: str | None = None,
     key: str | None = None,
     metadata: Mapping[str, Any] | None = None,
     delay: float = 0.0,
     event_id: str | None = None,
-) -> Built:
+) -> Outgoing:
     """The `index`-th output of an attempt. Raises PayloadError for a payload that is not JSON, breaks the channel's
     schema or lacks its key."""
     content = payload_json(payload)
@@ -91,17 +73,21 @@ def build(
     if event_id is None:
         event_id = child_id(origin.event_id, origin.agent, index, event_type, target_agent, content)
     try:
-        meta = to_json({**origin.metadata, **metadata}) if metadata else origin.metadata_json
-        body = b'{"event_id":"%b","event_type":%b,"source_agent":%b,"target_agent":%b,"correlation_id":%b,' % (
-            event_id.encode(),
-            route.type_json,
-            origin.agent_json,
-            b"null" if target_agent is None else to_json(target_agent),
-            origin.correlation_json,
-        ) + b'"timestamp":"%b","payload":%b,"metadata":%b}' % (
-            _now_json(),
-            content,
-            meta,
+        body = b"".join(
+            (
+                b'{"event_id":"',
+                event_id.encode(),
+                route.type_member,
+                origin.source,
+                b"null" if target_agent is None else to_json(target_agent),
+                origin.correlation,
+                _now_json(),
+                b'","payload":',
+                content,
+                b',"metadata":',
+                to_json({**origin.causation, **metadata} if metadata else origin.causation),
+                b"}",
+            )
         )
     except ValueError as error:
         raise PayloadError(f"the metadata cannot be written as JSON: {error}") from error
@@ -112,20 +98,17 @@ def build(
         event = AgentEvent.from_bytes(body)
         body = route.codec.encode(event)
         headers |= envelope_headers(event)
-    return Built(
-        Outgoing(
-            route.channel,
-            body,
-            event_type,
-            event_id,
-            origin.agent,
-            origin.correlation_id,
-            key,
-            headers,
-            event_id,
-            delay,
-        ),
-        content,
+    return Outgoing(
+        route.channel,
+        body,
+        event_type,
+        event_id,
+        origin.agent,
+        origin.correlation_id,
+        key,
+        headers,
+        event_id,
+        delay,
     )
 
 

@@ -30,9 +30,8 @@ def child_id(event_id: str, agent: str, index: int, event_type: str, target: str
     so dedup drops the copy; one that publishes something else gives another. Written out because uuid.uuid5 takes
     three times as long.
     """
-    content = sha256(b"\0".join((event_type.encode(), (target or "").encode(), payload))).hexdigest()
-    name = f"{event_id}/{agent}/{index}/{content}"
-    return uuid5(name.encode("utf-8", "surrogatepass"))
+    content = sha256(f"{event_type}\0{target or ''}\0".encode() + payload).hexdigest()
+    return uuid5(f"{event_id}/{agent}/{index}/{content}".encode("utf-8", "surrogatepass"))
 
 
 def uuid5(name: bytes) -> str:

@@ -23,13 +23,13 @@ _CACHED = 4096  # types; a pattern such as crawl.> may meet any number of them
 class Route:
     """One event type in the channel that takes it. Made once for each type, read for each event."""
 
-    __slots__ = ("by_correlation", "channel", "codec", "plain", "type_json", "validate")
+    __slots__ = ("by_correlation", "channel", "codec", "plain", "type_member", "validate")
 
     def __init__(self, channel: Channel, event_type: str, how: Codec) -> None:
         self.channel = channel
         self.codec = how
         self.plain = how is AGENT_EVENT
-        self.type_json = to_json(event_type)
+        self.type_member = b'","event_type":' + to_json(event_type)  # of a body, behind its event_id
         self.by_correlation = channel.key == "correlation_id"
         self.validate = validator(channel, event_type)
 

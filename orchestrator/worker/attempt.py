@@ -43,7 +43,7 @@ if sys.version_info >= (3, 12):
 else:
 
     def _spawn(loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        return loop.create_task(coroutine)
+        return asyncio.Task(coroutine, loop=loop, name="handler")  # create_task would make up a name
 
 
 class Stage(IntEnum):
@@ -62,30 +62,24 @@ class Stop(IntEnum):
 
 
 class Attempt:
-    __slots__ = (
-        "_awaiting",
-        "_entered",
-        "_error",
-        "_foreign",
-        "_held",
-        "_index",
-        "_left",
-        "_origin",
-        "_refused",
-        "_unconfirmed",
-        "_waiting",
-        "deadline",
-        "delivery",
-        "event",
-        "history",
-        "outputs",
-        "port",
-        "runtime",
-        "slot",
-        "stage",
-        "stop_reason",
-        "task",
-    )
+    """What is the same for most attempts stands at the class: an attempt that has an easy life sets little."""
+
+    stage = Stage.HELD
+    event: AgentEvent | None = None
+    task: asyncio.Task[None] | None = None
+    stop_reason: Stop | None = None
+    deadline = _FOREVER
+    _origin: wire.Origin | None = None
+    _index = 0
+    _held = 0  # bytes of outputs
+    _foreign = False  # some output belongs on another broker
+    _unconfirmed = 0
+    _waiting = 0  # publishes that wait for room
+    _left = 0.0  # seconds of the handler's time that are left then
+    _error: BaseException | None = None
+    _entered = False
+    _awaiting = False  # the handler has returned and some output is not confirmed yet
+    refused: Callable[[BaseException], None] | None = None  # hears it when what settles this is not accepted
 
     def __init__(self, runtime: Runtime, port: Port, delivery: Delivery, slot: int) -> None:
         self.runtime = runtime
@@ -93,23 +87,7 @@ class Attempt:
         self.delivery = delivery
         self.history = delivery.history
         self.slot = slot
-        self.stage = Stage.HELD
-        self.event: AgentEvent | None = None
-        self.task: asyncio.Task[None] | None = None
-        self.stop_reason: Stop | None = None
-        self.deadline = _FOREVER
         self.outputs: list[Outgoing] = []
-        self._origin: wire.Origin | None = None
-        self._index = 0
-        self._held = 0  # bytes of outputs
-        self._foreign = False  # some output belongs on another broker
-        self._unconfirmed = 0
-        self._waiting = 0  # publishes that wait for room
-        self._left = 0.0  # seconds of the handler's time that are left then
-        self._error: BaseException | None = None
-        self._entered = False
-        self._awaiting = False  # the handler has returned and some output is not confirmed yet
-        self._refused: Callable[[BaseException], None] | None = None
 
     # --- running ----------------------------------------------------------------------------------------------
 
@@ -131,8 +109,7 @@ class Attempt:
         if not wanted:
             self.settle(())
             return
-        self.deadline = runtime.loop.time() + runtime.agent.timeout
-        runtime.handling()
+        runtime.handling(self)
         self.task = _spawn(runtime.loop, self._run(event))
 
     async def _run(self, event: AgentEvent) -> None:
@@ -219,24 +196,24 @@ class Attempt:
             )
         route = self.runtime.routes.find(event_type)
         try:
-            built = wire.build(
+            message = wire.build(
                 route,
                 event_type,
                 {} if payload is None else payload,
-                self.origin,
+                self._origin or self.origin,
                 self._index,
-                target_agent=target_agent,
-                key=key,
-                metadata=metadata,
-                delay=seconds(delay) if isinstance(delay, str) else delay,
-                event_id=event_id,
+                target_agent,
+                key,
+                metadata,
+                seconds(delay) if isinstance(delay, str) else delay,
+                event_id,
             )
         except PayloadError as error:
             error.output = True
             raise
         if event_id is None:
             self._index += 1
-        return built.message
+        return message
 
     @property
     def origin(self) -> wire.Origin:
@@ -342,45 +319,20 @@ class Attempt:
             return
         self._awaiting = False
         if self._error is not None:
-            self._settled(self._error)
+            self.settled(self._error)
         else:
             held, self.outputs = self.outputs, []
             self.settle(held)
 
     def settle(self, outputs: Sequence[Outgoing], refused: Callable[[BaseException], None] | None = None) -> None:
-        """All `outputs` are on this broker. `refused` (default: the attempt has failed) is called when one is not
-        accepted."""
-        self.has_returned()
-        self._refused = refused
+        """All `outputs` are on this broker. When one is not accepted `refused` is called, or else the attempt fails."""
+        if self.stage is Stage.RUNNING:
+            self.has_returned()
+        self.refused = refused
         try:
-            self.port.consumer.settle(self.delivery, outputs, self._settled)
+            self.port.consumer.settle(self.delivery, outputs, self.settled)
         except PublishRejected as error:
-            self._settled(error)
-
-    def settle_across(self, outputs: Sequence[Outgoing], refused: Callable[[BaseException], None]) -> None:
-        """As settle, for outputs on any broker: those elsewhere are confirmed first."""
-        self.has_returned()
-        self._refused = refused
-        here = [message for message in outputs if message.channel.broker == self.port.broker]
-        elsewhere = [message for message in outputs if message.channel.broker != self.port.broker]
-        left = len(elsewhere)
-        failed: list[BaseException] = []
-
-        def confirmed(error: BaseException | None) -> None:
-            nonlocal left
-            left -= 1
-            if error is not None:
-                failed.append(error)
-            if left <= 0:
-                if failed:
-                    self._settled(failed[0])
-                else:
-                    self.settle(here, refused)
-
-        for message in elsewhere:
-            self.runtime.send(message, confirmed)
-        if not elsewhere:
-            self.settle(here, refused)
+            self.settled(error)
 
     def has_returned(self) -> None:
         """From here on a crash is not the handler's."""
@@ -389,15 +341,15 @@ class Attempt:
         self.stage = Stage.SETTLING
         self.deadline = _FOREVER
 
-    def _settled(self, error: BaseException | None) -> None:
+    def settled(self, error: BaseException | None) -> None:
         if error is None:
-            if self._entered and self._refused is None:
+            if self._entered and self.refused is None:
                 self.runtime.counters.handled += 1
             self.end()
         elif isinstance(error, BrokerUnavailable):
             self.end()  # no longer ours, or the connection is being closed: whoever gets it next starts anew
-        elif self._refused is not None:
-            self._refused(error)
+        elif self.refused is not None:
+            self.refused(error)
         else:
             self.fail(error)
 
@@ -417,4 +369,4 @@ class Attempt:
         """Leaves the slot."""
         if self.stage is not Stage.ENDED:
             self.stage = Stage.ENDED
-            self.runtime.ended(self)
+            self.runtime.slots.leave(self)

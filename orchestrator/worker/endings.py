@@ -118,7 +118,31 @@ class _Burial:
         self._patience = _STUBBORN[0]
 
     def go(self) -> None:
-        self._attempt.settle_across(self._outputs(), self._refused)
+        """What goes to another broker is confirmed first."""
+        attempt, runtime = self._attempt, self._attempt.runtime
+        outputs = self._outputs()
+        attempt.has_returned()
+        attempt.refused = self._refused
+        here = [message for message in outputs if message.channel.broker == attempt.port.broker]
+        elsewhere = [message for message in outputs if message.channel.broker != attempt.port.broker]
+        left = len(elsewhere)
+        failed: list[BaseException] = []
+
+        def confirmed(error: BaseException | None) -> None:
+            nonlocal left
+            left -= 1
+            if error is not None:
+                failed.append(error)
+            if left <= 0:
+                if failed:
+                    attempt.settled(failed[0])
+                else:
+                    attempt.settle(here, self._refused)
+
+        for message in elsewhere:
+            runtime.send(message, confirmed)
+        if not elsewhere:
+            attempt.settle(here, self._refused)
 
     def _outputs(self) -> list[Outgoing]:
         attempt, runtime = self._attempt, self._attempt.runtime

@@ -97,7 +97,6 @@ class Runtime:
         self._sweep_every = min(0.5, max(0.02, agent.timeout / 10))
         self._swept = 0.0
         self._stuck = 0  # attempts that will not stop
-        self._idle = asyncio.Event()  # set when nothing else is in flight; somebody who waits clears it
         self._pool = ThreadPoolExecutor(agent.concurrency, thread_name_prefix=agent.name) if handler.threaded else None
 
     # --- starting and stopping --------------------------------------------------------------------------------
@@ -177,12 +176,11 @@ class Runtime:
 
     async def emptied(self, timeout: float) -> bool:
         """Waits until nothing is in flight but what will not stop; False when it takes longer than `timeout`."""
-        if self.in_flight <= self._stuck:
-            return True
-        self._idle.clear()
         try:
             async with asyncio.timeout(timeout):
-                await self._idle.wait()
+                while self.in_flight > self._stuck:
+                    self.slots.left.clear()
+                    await self.slots.left.wait()
         except TimeoutError:
             return False
         return True
@@ -205,12 +203,6 @@ class Runtime:
 
     def trouble_changed(self) -> None:
         self.reports.trouble(self.troubled)
-
-    def ended(self, attempt: Attempt) -> None:
-        """An attempt leaves its slot."""
-        self.slots.leave(attempt)
-        if self.in_flight <= self._stuck:
-            self._idle.set()
 
     def on_crash(self, history: History, ended: Ended, only_one: bool) -> History:
         return policy.on_crash(history, ended, only_one)
@@ -244,11 +236,13 @@ class Runtime:
     async def in_thread(self, call: Callable[..., Any], *arguments: Any) -> Any:
         return await self.loop.run_in_executor(self._pool, call, *arguments)
 
-    def handling(self) -> None:
+    def handling(self, attempt: Attempt) -> None:
         """A handler starts: see to its timeout."""
+        now = self.loop.time()
+        attempt.deadline = now + self.agent.timeout
         if not self._sweeping:
             self._sweeping = True
-            self._swept = self.loop.time()
+            self._swept = now
             self.loop.call_later(self._sweep_every, self._sweep)
 
     def _sweep(self) -> None:
@@ -281,8 +275,7 @@ class Runtime:
         self._stuck += 1
         self._draining = True
         self._shut()
-        if self.in_flight <= self._stuck:
-            self._idle.set()
+        self.slots.left.set()
         event = attempt.require_event()
         self.reports.replace(f"{event.event_type} {event.event_id} does not stop at its timeout")
 

@@ -7,6 +7,7 @@ and then the others go on; what arrived meanwhile is given back.
 
 from __future__ import annotations
 
+import asyncio
 from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -38,6 +39,7 @@ class Slots:
     def __init__(self, runtime: Runtime) -> None:
         size = records(runtime.agent)
         self.open = True
+        self.left = asyncio.Event()  # set when an attempt has left; cleared by who waits for that
         self.attempts: list[Attempt | None] = [None] * size
         self._runtime = runtime
         self._concurrency = runtime.agent.concurrency
@@ -47,6 +49,7 @@ class Slots:
         self._alone: Attempt | None = None
         self._suspect = False  # the first of _waiting must run alone, and the others have not ended yet
         self._demand_due = False
+        self._gathering: asyncio.TimerHandle | None = None
 
     @property
     def taken(self) -> int:
@@ -65,20 +68,22 @@ class Slots:
         if not self.open or self._alone is not None or len(deliveries) > len(self._free):
             port.consumer.release(deliveries)
             return
+        attempts, free, waiting = self.attempts, self._free, self._waiting
         for delivery in deliveries:
-            attempt = self._take(port, delivery)
+            slot = free.pop()
+            attempt = attempts[slot] = Attempt(self._runtime, port, delivery, slot)
             if (
                 delivery.history is FRESH
                 and not delivery.redelivered
-                and not self._waiting
+                and not waiting
                 and self._alone is None
-                and self.taken <= self._concurrency
+                and len(attempts) - len(free) <= self._concurrency
             ):
                 attempt.start(State.STARTED)
             else:
                 attempt.hold()
-                self._waiting.append(attempt)
-        if self._waiting:
+                waiting.append(attempt)
+        if waiting:
             self._start_waiting()
         self.demand_later()
 
@@ -130,11 +135,6 @@ class Slots:
         except OrchestratorError:
             attempt.event = None
 
-    def _take(self, port: Port, delivery: Delivery) -> Attempt:
-        slot = self._free.pop()
-        attempt = self.attempts[slot] = Attempt(self._runtime, port, delivery, slot)
-        return attempt
-
     # --- out --------------------------------------------------------------------------------------------------
 
     def leave(self, attempt: Attempt) -> None:
@@ -142,11 +142,13 @@ class Slots:
         self._runtime.journal.set(attempt.slot, State.FREE)
         self.attempts[attempt.slot] = None
         self._free.append(attempt.slot)
+        self.left.set()
         if self._alone is attempt:
             self._alone = None
         if self._waiting:
             self._start_waiting()
-        self.demand_later()
+        if not self._demand_due:
+            self.demand_later()
 
     def revoke(self, port: Port, positions: set[str]) -> None:
         """No longer ours: waiting ones are forgotten, running ones stop without being settled."""
@@ -174,15 +176,18 @@ class Slots:
         a moment for more to become free: one request for many events costs broker and worker far less than many."""
         if self._demand_due:
             return
-        self._demand_due = True
-        if self._concurrency - self.taken < self._enough:
-            self._runtime.loop.call_later(_GATHER, self.tell_demand)
-        else:
+        if self._concurrency - len(self.attempts) + len(self._free) >= self._enough:
+            self._demand_due = True
             self._runtime.loop.call_soon(self.tell_demand)
+        elif self._gathering is None:
+            self._gathering = self._runtime.loop.call_later(_GATHER, self.tell_demand)
 
     def tell_demand(self) -> None:
         """With several subscriptions each gets a share, at least one slot: what comes too many waits here."""
         self._demand_due = False
+        if self._gathering is not None:
+            self._gathering.cancel()
+            self._gathering = None
         free = self._concurrency - self.taken
         if not self.open or self._alone is not None or self._suspect or free < 0:
             free = 0
