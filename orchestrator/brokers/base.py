@@ -296,6 +296,9 @@ class Observed:
     bytes: int = 0
     exact: bool = True  # False: events is an upper bound
     protect: bool = False  # the label says so, though the file may no longer name it
+    blocks: tuple[
+        ResourceId, ...
+    ] = ()  # wanted resources that the broker cannot hold beside it (NATS: subjects overlap)
 
 
 class Allowed(StrEnum):
@@ -356,7 +359,8 @@ class Connection(Protocol):
 
     # reconcile
     async def observe(self, desired: Sequence[Desired]) -> list[Observed]:
-        """Everything in `desired` that exists, and all else on the broker that bears this topology's label."""
+        """Everything in `desired` that exists, and all else on the broker that bears this topology's label, or is in
+        the way of something in `desired` (Observed.blocks)."""
 
     async def create(self, desired: Desired) -> None:
         """Creates and labels. Doing it twice is harmless. Raises RefusedError when it exists and is not ours."""

@@ -70,6 +70,7 @@ def plan(
                 replaced.append(item.id)
     orphans = [o for o in observed if o.id not in wanted and o.owner == topology.name]
     left = _orphans(orphans, consent)
+    operations = rivals.refuse_taken(topology, observed, operations)
     operations = _in_order(rivals.refuse_readers(topology, desired, operations, left), left)
     return Plan(
         topology=topology.name,

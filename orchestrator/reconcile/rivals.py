@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from orchestrator.brokers.base import Desired, ResourceId
+from orchestrator.brokers.base import Desired, Observed, ResourceId
 from orchestrator.reconcile.plan import Action, Operation, holding, inside, refuse
 from orchestrator.topology.model import Mode, Topology
 from orchestrator.topology.routing import intersection
@@ -28,6 +28,28 @@ def refuse_readers(
         next((_beside(o, old) for q, olds in waiting.items() for old in olds if _begins(o, q) and _same(o, old)), o)
         for o in asked
     ]
+
+
+def refuse_taken(topology: Topology, observed: Sequence[Observed], asked: Sequence[Operation]) -> list[Operation]:
+    """`asked`, refusing what the broker cannot hold beside something that is there and not in the file."""
+    taken = {resource: there for there in observed for resource in there.blocks}
+    return [_taken(o, taken[o.resource], topology) if o.action.pending and o.resource in taken else o for o in asked]
+
+
+def _taken(operation: Operation, there: Observed, topology: Topology) -> Operation:
+    if there.owner == topology.name:
+        whose = "is ours, though no file names it any more"
+        hint = (
+            f"set `address: {there.id.name}` to go on with it; or leave this channel out of one apply "
+            f"--prune{f' --allow-loss={there.id.name}' if there.events else ''}"
+        )
+    else:
+        whose = f"belongs to topology {there.owner}" if there.owner else "has no owner label"
+        hint = (
+            f"give brokers.{operation.resource.broker} a `prefix:` of its own; or, to share those events, declare a "
+            f"channel with `address: {there.id.name}` and `external: true`"
+        )
+    return refuse(operation, f"event types of it go to {there.id} already, which {whose}", hint=hint)
 
 
 def _begins(operation: Operation, queue: ResourceId) -> bool:

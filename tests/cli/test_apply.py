@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -113,6 +114,27 @@ def test_what_is_not_ours_is_not_touched(folder: Folder) -> None:
     assert "`address:`" in done.out
     folder.write("topology.yaml", TOPOLOGY)
     assert folder.run("plan", "--exit-code").code == 0
+
+
+def test_what_another_topology_on_the_broker_takes_is_refused_by_the_plan(
+    folder: Folder, nats_server: NatsServer, tmp_path: Path
+) -> None:
+    text = TOPOLOGY + f"brokers: {{main: {{url: '{nats_server.url}', prefix: '{tmp_path.name}.'}}}}\n"
+    folder.write("topology.yaml", text)
+    folder.ok("apply", "--yes", "--no-workers")
+    folder.write("rival.yaml", text.replace("name: shop", "name: rival"))
+    planned = folder.run("plan", "rival.yaml")
+    assert planned.code == 1
+    assert "which belongs to topology shop" in planned.out
+    assert "`prefix:`" in planned.out
+    folder.refused("apply", "rival.yaml", "--yes", "--no-workers")
+    assert folder.run("plan", "rival.yaml", "--exit-code", "-o", "json").json["refused"]
+    folder.write("topology.yaml", text.replace("  orders: {", "  purchases: {"))
+    renamed = folder.run("plan").out
+    address = f"{tmp_path.name}-shop-orders"
+    assert f"`address: {address}`" in renamed
+    folder.write("topology.yaml", text.replace("  orders: {", f"  purchases: {{address: {address}, "))
+    folder.ok("apply", "--yes", "--no-workers")
 
 
 def test_an_external_channel_must_exist(folder: Folder) -> None:

@@ -139,6 +139,13 @@ CASES: Mapping[str, Plan] = {
     "not-ours": made(
         [channel(), subscription()], [there(channel(), owner=None, events=2), there(subscription(), owner="blog")]
     ),
+    "taken": made(
+        [channel(), channel("MORE")],
+        [
+            replace(there(channel("THEIRS"), owner="blog"), blocks=(channel().id,)),
+            replace(there(channel("OLD"), events=2), blocks=(channel("MORE").id,)),
+        ],
+    ),
     "external-missing": made([channel("orders.v1", external=True)], []),
     "orphans": made(
         [],

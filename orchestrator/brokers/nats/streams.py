@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -17,6 +18,7 @@ from orchestrator.brokers.nats.client import ApiError, Json, Link
 from orchestrator.brokers.nats.resources import ACK_WAIT, Names
 from orchestrator.errors import BrokerError, OrchestratorError, RefusedError, ResourceMissing
 from orchestrator.topology.model import Broker, Topology, digest
+from orchestrator.topology.routing import Index
 
 _OWNER, _PROTECT = "orchestrator.topology", "orchestrator.protect"
 _NS = 1_000_000_000
@@ -42,6 +44,10 @@ class Resources:
         by_id = {d.id: d for d in wanted}
         internal = {self.names.state, self.names.inbox, self.names.later}
         streams = await self._link.api_pages("STREAM.LIST", "streams")
+        taking: Index[ResourceId] = Index()
+        for each in wanted:
+            for subject in _subjects(each.settings):
+                taking.add(subject, each.id)
         subscribed = {d.id.name.partition("/")[0] for d in wanted if d.id.kind == "subscription"}
         found: list[Observed] = []
         ask: list[str] = []
@@ -51,8 +57,12 @@ class Resources:
             kind = labels.get("orchestrator.kind") or ("internal" if name in internal else "channel")
             resource = ResourceId(self._broker.name, "internal" if kind == "internal" else "channel", name)
             owner = _owner(info["config"])
-            if resource in by_id or owner == self._topology.name:
-                found.append(self._stream(resource, info, by_id.get(resource)))
+            blocks: list[ResourceId] = []
+            if resource not in by_id:
+                overlapping = (taking.overlapping(subject) for subject in info["config"].get("subjects") or ())
+                blocks = list(dict.fromkeys(taker for several in overlapping for _, taker in several))
+            if resource in by_id or owner == self._topology.name or blocks:
+                found.append(replace(self._stream(resource, info, by_id.get(resource)), blocks=tuple(blocks)))
             read = owner == self._topology.name or name in subscribed
             if read and name not in internal and info["state"].get("consumer_count"):
                 ask.append(name)
@@ -300,6 +310,11 @@ def _consumer_config(durable: str, settings: Mapping[str, Setting]) -> Json:
         at = datetime.fromisoformat(policy).astimezone(UTC)
         config.update(deliver_policy="by_start_time", opt_start_time=at.isoformat().replace("+00:00", "Z"))
     return config
+
+
+def _subjects(settings: Mapping[str, Setting]) -> tuple[str, ...]:
+    subjects = settings.get("subjects", ())
+    return subjects if isinstance(subjects, tuple) else ()
 
 
 def _explained(error: ApiError, what: str) -> OrchestratorError:
