@@ -296,9 +296,7 @@ class Observed:
     bytes: int = 0
     exact: bool = True  # False: events is an upper bound
     protect: bool = False  # the label says so, though the file may no longer name it
-    blocks: tuple[
-        ResourceId, ...
-    ] = ()  # wanted resources that the broker cannot hold beside it (NATS: subjects overlap)
+    blocks: tuple[ResourceId, ...] = ()  # wanted, and cannot be made beside this one (NATS: overlapping subjects)
 
 
 class Allowed(StrEnum):
