@@ -16,8 +16,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from orchestrator.brokers.embedded import serving
-from orchestrator.brokers.nats import adapter, embedded
+from orchestrator.brokers.embedded import server, serving
+from orchestrator.brokers.nats import adapter
 from orchestrator.errors import BrokerUnavailable, OrchestratorError
 from orchestrator.topology.model import Topology
 from tests.nats.rig import finished, rig, topology, until
@@ -25,7 +25,7 @@ from tests.nats.rig import finished, rig, topology, until
 HOLDER = """
 import asyncio, sys
 from pathlib import Path
-from orchestrator.brokers.nats.embedded import serving
+from orchestrator.brokers.embedded.server import serving
 async def main():
     async with serving(Path(sys.argv[1]), "t") as url:
         print(url, flush=True)
@@ -85,7 +85,7 @@ async def test_two_at_once_share_one_server_and_the_last_ends_it(plan: Topology)
         for other in others:
             await asyncio.to_thread(other.communicate, "\n")
             assert other.returncode == 0
-        assert embedded.running_url(plan.state_dir) == urls.pop().strip()
+        assert server.running_url(plan.state_dir) == urls.pop().strip()
     await until(lambda: not runs(pid), "the last one ended it")
 
 
@@ -138,7 +138,7 @@ async def test_another_process_with_the_recorded_pid_is_not_taken_for_it(plan: T
     home.mkdir(parents=True)
     (home / "server.json").write_text(json.dumps({"pid": os.getpid(), "started": 1.0, "port": 1}))
     with pytest.raises(BrokerUnavailable):
-        embedded.running_url(plan.state_dir)
+        server.running_url(plan.state_dir)
     async with serving(plan):
         assert record(plan)["pid"] != os.getpid()
 

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 import pytest
 
 from orchestrator.brokers.base import History, Stored
-from orchestrator.brokers.nats import embedded
+from orchestrator.brokers.embedded.server import binary
 from orchestrator.errors import RefusedError
 from tests.nats.rig import finished, rig, topology, until
 from tests.servers.nats import NatsServer
@@ -174,4 +174,4 @@ async def test_prefix_may_be_empty() -> None:
 def test_binary_that_cannot_run_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ORCHESTRATOR_NATS_SERVER", "/nowhere/nats-server")
     with pytest.raises(Exception, match="/nowhere/nats-server"):
-        embedded.binary()
+        binary()

@@ -92,7 +92,7 @@ async def test_a_worker_killed_from_outside_loses_nothing_and_blames_nobody(
         await asyncio.sleep(0.05)
         await ctx.publish("killed.result.done", {"n": event.payload["n"]})
     """
-    # a kill while an event runs alone counts, so the same one in flight at three of the four kills would be dead-lettered
+    # a kill while an event runs alone counts: the same one in flight at three of the four kills would be dead-lettered
     async with staged(tmp_path, topology(nats_server.url, "killed", attempts=10), handler) as stage:
         for n in range(40):
             await stage.client.publish("killed.task.run", {"n": n})

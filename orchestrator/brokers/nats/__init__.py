@@ -1,4 +1,4 @@
-"""NATS JetStream: streams, durable consumers pulled by hand, histories in a KV bucket, and the embedded server.
+"""NATS JetStream: streams, durable consumers pulled by hand, and histories in a KV bucket.
 
 `internals` is the only file that leans on the inside of nats-py. No policy: when to retry is worker.policy's.
 """

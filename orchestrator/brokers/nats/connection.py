@@ -13,7 +13,8 @@ from orchestrator.brokers.base import (
     Setting,
     Verdict,
 )
-from orchestrator.brokers.nats import embedded, resources
+from orchestrator.brokers.embedded import server
+from orchestrator.brokers.nats import resources
 from orchestrator.brokers.nats.client import Json, Link
 from orchestrator.brokers.nats.consumer import NatsConsumer
 from orchestrator.brokers.nats.delivery import public_headers
@@ -189,7 +190,7 @@ class NatsAdapter:
         return resources.judge(kind, setting, old, new, observed)
 
     async def connect(self, topology: Topology, broker: Broker, *, name: str, patience: float = 5.0) -> NatsConnection:
-        url = embedded.running_url(topology.state_dir) if broker.embedded else broker.url
+        url = server.running_url(topology.state_dir) if broker.embedded else broker.url
         link = await open_link(broker, url, name=name, patience=patience, root=topology.root)
         return NatsConnection(link, topology, broker, url)
 

@@ -1,4 +1,7 @@
-"""Makes sure that the embedded broker of a topology runs while a command or the supervisor needs it."""
+"""Makes sure that the embedded broker of a topology runs while a command or the supervisor needs it.
+
+`server` finds, starts and ends the nats-server of a folder. No client library: brokers.nats connects to it as to any.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,7 @@ async def serving(topology: Topology) -> AsyncIterator[None]:
     if not any(broker.embedded for broker in topology.brokers.values()):
         yield
         return
-    # only topologies with an embedded broker need the package
-    from orchestrator.brokers.nats import embedded
+    from orchestrator.brokers.embedded import server  # psutil and subprocess: only where a server is wanted
 
-    async with embedded.serving(topology.state_dir, topology.name):
+    async with server.serving(topology.state_dir, topology.name):
         yield
