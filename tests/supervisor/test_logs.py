@@ -83,6 +83,15 @@ def test_secrets_never_get_through(team, tmp_path):
         assert "***" in text
 
 
+def test_an_edit_that_does_not_converge_leaves_the_old_secrets_redacted(team, tmp_path):
+    stream = io.StringIO()
+    sink = LogSink(stream=stream)
+    sink.use(team)
+    sink.use(topology(tmp_path, agent(), secrets=("swordfish",)))
+    sink.line("research", 0, b"old worker: hunter2, new worker: swordfish")
+    assert stream.getvalue().endswith(" old worker: ***, new worker: ***\n")
+
+
 def test_files_rotate_and_are_read_back_in_order(tmp_path, monkeypatch):
     monkeypatch.setattr(logfiles, "SIZE", 2000)
     sink = LogSink(folder=tmp_path)
