@@ -44,7 +44,7 @@ class PlanOutput(StrEnum):
 #: Warnings of the file that plan and apply show; validate shows all.
 _SHOWN = 10
 
-Prune = Annotated[bool, typer.Option("--prune", help="Delete what is ours and no file names any more.")]
+Prune = Annotated[bool, typer.Option("--prune", help="Delete what is labelled ours and not in the file.")]
 
 
 def register(app: typer.Typer) -> None:

@@ -237,7 +237,7 @@ def _orphans(orphans: Sequence[Observed], consent: Consent) -> list[Operation]:
     """What is labelled ours and stands in no file, in order of deletion."""
     operations: list[Operation] = []
     channels = [
-        _deletion(o, "no file names it any more", consent) if consent.prune and not o.protect else _keep(o)
+        _deletion(o, "this file does not name it", consent) if consent.prune and not o.protect else _keep(o)
         for o in orphans
         if o.id.kind == "channel"
     ]
@@ -247,12 +247,12 @@ def _orphans(orphans: Sequence[Observed], consent: Consent) -> list[Operation]:
         if item.protect:
             operations.append(_keep(item))
         elif item.events == 0 or covered:
-            why = "its agent is gone and it has no unprocessed events" if not covered else "its channel goes"
+            why = "its channel goes" if covered else "no agent of this file reads it, and it has no unprocessed events"
             if item.id.kind == "internal":
                 why = "nothing needs it any more"
             operations.append(_deletion(item, why, consent, covered=covered))
         elif consent.prune:
-            operations.append(_deletion(item, "no file names it any more", consent))
+            operations.append(_deletion(item, "this file does not name it", consent))
         else:
             operations.append(_keep(item))
     return sorted([*operations, *channels], key=lambda o: _DELETE_ORDER[o.resource.kind])
@@ -309,7 +309,7 @@ def _keep(item: Observed) -> Operation:
     return Operation(
         Action.KEEP,
         item.id,
-        "ours, but no file names it any more",
+        "labelled ours, but this file does not name it",
         events=item.events,
         bytes=item.bytes,
         exact=item.exact,

@@ -38,7 +38,7 @@ def refuse_taken(topology: Topology, observed: Sequence[Observed], asked: Sequen
 
 def _taken(operation: Operation, there: Observed, topology: Topology) -> Operation:
     if there.owner == topology.name:
-        whose = "is ours, though no file names it any more"
+        whose = "is labelled ours, though this file does not name it"
         hint = (
             f"set `address: {there.id.name}` to go on with it; or leave this channel out of one apply "
             f"--prune{f' --allow-loss={there.id.name}' if there.events else ''}"
@@ -70,7 +70,7 @@ def _beside(operation: Operation, old: Operation) -> Operation:
     agent = operation.desired.where[1] if operation.desired else ""
     return refuse(
         operation,
-        f"{holding(old)} wait in {old.resource}, which no file names any more: {agent} would not read on from there",
+        f"{holding(old)} wait in {old.resource}, which this file does not name: {agent} would not read on from there",
         hint=f"if {agent} is its agent renamed, give it `group: {old.resource.name.rpartition('/')[2]}`; "
         f"to lose what waits: --prune --allow-loss={old.resource.name}",
     )
