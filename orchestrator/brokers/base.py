@@ -179,7 +179,9 @@ class Consumer(Protocol):
         one step where capabilities.atomic_settle. An output that is refused leaves the delivery unsettled and is
         reported to `done` (PublishRejected); a lost connection is retried inside, with the same message ids, until
         it works or the delivery was revoked (then done(BrokerUnavailable)). Calls are coalesced.
-        An event in a queue is gone after this; its history is forgotten."""
+        An event in a queue is gone after this; its history is forgotten. `done(None)` says that the worker is needed no
+        more: it is settled, or will be within milliseconds, and at the latest when close() returns. Should the process
+        or the partition be lost in between, the event runs again, and its outputs have the same message ids."""
 
     def retry(self, delivery: Delivery, history: History, delay: float, done: Done) -> None:
         """Stores `history` and hands the event out again, to any replica, after `delay` seconds (0: at once). Waiting
