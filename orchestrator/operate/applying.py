@@ -5,17 +5,17 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
 from typing import Any, Literal
 
 from orchestrator.brokers.embedded import serving
-from orchestrator.errors import SupervisorError
+from orchestrator.errors import RefusedError, SupervisorError
 from orchestrator.operate.handover import Handover, without_workers
 from orchestrator.operate.session import session
 from orchestrator.reconcile import service
-from orchestrator.reconcile.plan import Operation, Plan
+from orchestrator.reconcile.plan import Operation, Plan, holding
 from orchestrator.reconcile.planner import Consent
 from orchestrator.supervisor import detached
 from orchestrator.supervisor.control import ControlClient, running
@@ -131,13 +131,31 @@ async def reconcile(
 async def destroy(topology: Topology, consent: Consent, decide: Callable[[Plan], Consent], listener: Listener) -> Plan:
     """Stops the workers and deletes what this topology owns; returns the plan that was carried out.
 
-    `decide` sees the plan before anything is changed; it raises to stop, or returns what was consented to.
+    `decide` sees the plan before anything is changed; it raises to stop, or returns what was consented to. What came
+    since is looked for before the workers are stopped, and again when they have drained: RefusedError says how far it
+    went.
     """
     consent = decide(await plan(topology, consent, destroy=True))
-    if running(topology.state_dir):
+    stops = running(topology.state_dir)
+    if stops:
+        _check_overtaken(await plan(topology, consent, destroy=True), stopped=False)
         listener.say("draining the workers")
         await ControlClient(topology.state_dir).stop()
-    return await reconcile(topology, consent, listener, destroy=True)
+    last_look = replace(listener, confirm=partial(_check_overtaken, stopped=stops))
+    return await reconcile(topology, consent, last_look, destroy=True)
+
+
+def _check_overtaken(plan: Plan, *, stopped: bool) -> None:
+    """Raises RefusedError when there is more to lose now than was consented to; `stopped`: the workers, by then."""
+    if not plan.refused:
+        return
+    what = "; ".join(f"{o.resource} {f'holds {holding(o)}' if o.events else o.cause} now" for o in plan.refused)
+    names = "".join(f" --allow-loss={name}" for name in (*plan.allow_loss, *(o.needs for o in plan.refused if o.needs)))
+    done = "the workers were stopped, nothing was deleted" if stopped else "nothing was changed"
+    again = "; or let the workers go on: orchestrator apply -d" if stopped else ""
+    raise RefusedError(
+        plan.redact(f"{what}: it was overtaken; {done}"), hint=plan.redact(f"orchestrator destroy{names}{again}")
+    )
 
 
 async def running_agents(topology: Topology) -> dict[str, Agent] | None:

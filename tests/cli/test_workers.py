@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
+from orchestrator.errors import RefusedError
+from orchestrator.operate import applying
+from orchestrator.operate.applying import Listener
+from orchestrator.reconcile.plan import Plan
+from orchestrator.reconcile.planner import Consent
+from orchestrator.topology import load
 from tests.cli.conftest import AGENTS, TOPOLOGY
 from tests.cli.rig import Folder, Foreground, wait
 
@@ -137,6 +146,35 @@ def test_destroy_stops_the_workers_first(folder: Folder) -> None:
     folder.ok("destroy", "--yes")
     assert folder.state() == "none"
     assert {o["action"] for o in folder.ok("plan", "-o", "json").json["operations"]} == {"create"}
+
+
+@pytest.mark.parametrize("when", ["after the answer", "while the workers drain"])
+def test_a_destroy_that_is_overtaken_says_what_it_did_and_deletes_nothing(folder: Folder, when: str) -> None:
+    """Events come between the answer and the deletion: no worker is stopped for it where that can be seen before."""
+    folder.ok("apply", "--yes", "-d")
+
+    def overtake(now: str) -> None:
+        if now == when:
+            folder.ok("publish", "parcel.packed", "{}")
+
+    def decide(plan: Plan) -> Consent:
+        overtake("after the answer")
+        return Consent(True)
+
+    def say(text: str) -> None:
+        if text == "draining the workers":
+            overtake("while the workers drain")
+
+    listener = Listener(confirm=lambda plan: None, report=lambda step: None, progress=lambda event: None, say=say)
+    with pytest.raises(RefusedError) as refused:
+        asyncio.run(applying.destroy(load([folder.path / "topology.yaml"]).topology, Consent(True), decide, listener))
+    assert "channel shop-parcels holds 1 event" in refused.value.message
+    assert str(refused.value.hint).startswith("orchestrator destroy --allow-loss=shop-parcels")
+    stopped = when != "after the answer"
+    assert folder.state() == ("none" if stopped else "running")
+    assert ("the workers were stopped, nothing was deleted" in refused.value.message) is stopped
+    assert ("orchestrator apply -d" in str(refused.value.hint)) is stopped
+    assert folder.run("plan", "--exit-code").code == 0
 
 
 def test_the_control_socket_is_for_its_owner_alone(folder: Folder) -> None:
