@@ -6,7 +6,7 @@ import asyncio
 
 from orchestrator.brokers import registry
 from orchestrator.brokers.base import Connection
-from orchestrator.errors import OrchestratorError
+from orchestrator.errors import BrokerUnavailable, OrchestratorError
 from orchestrator.topology.model import Topology
 
 
@@ -48,4 +48,10 @@ class Connections:
     async def _open(self, name: str) -> Connection:
         broker = self._topology.brokers[name]
         adapter = registry.adapter(broker.kind)
-        return await adapter.connect(self._topology, broker, name=self._name, patience=self._patience)
+        try:
+            return await adapter.connect(self._topology, broker, name=self._name, patience=self._patience)
+        except BrokerUnavailable as error:
+            # Most clients tell a refused certificate and a server that is not there in the same words.
+            if broker.tls is not None and "tls" not in (error.hint or ""):
+                error.hint = f"{error.hint or 'is the server running?'} And do the files in brokers.{name}.tls fit?"
+            raise

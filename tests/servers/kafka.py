@@ -15,6 +15,8 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 
+from tests.servers.certificates import Certificate
+
 VERSION = "4.3.1"
 USER, PASSWORD = "agents", "s3cret-agents"
 _ROOT = Path(__file__).resolve().parents[2]
@@ -71,12 +73,14 @@ def free_port() -> int:
 
 
 class KafkaServer:
-    """One broker on loopback. `url` takes no password, `auth_url` wants SASL (plain or scram) as USER, PASSWORD."""
+    """One broker on loopback. `url` takes no password, `auth_url` wants SASL (plain or scram) as USER, PASSWORD;
+    with `tls` there is a `tls_url`, which lets in whoever has that certificate."""
 
-    def __init__(self) -> None:
+    def __init__(self, tls: Certificate | None = None) -> None:
         self._java, self._jars = java(), jars()
         self.folder = Path(tempfile.mkdtemp(prefix="kafka-"))
         self.port, self.auth_port, self._controller = free_port(), free_port(), free_port()
+        self._tls, self._tls_port = tls, free_port()
         self._process: subprocess.Popen[bytes] | None = None
         self._format()
 
@@ -87,6 +91,10 @@ class KafkaServer:
     @property
     def auth_url(self) -> str:
         return f"kafka://127.0.0.1:{self.auth_port}"
+
+    @property
+    def tls_url(self) -> str:
+        return f"kafka://127.0.0.1:{self._tls_port}"
 
     def start(self) -> None:
         """Returns when the broker answers; raises Unavailable with its log when it ends instead."""
@@ -179,6 +187,18 @@ class KafkaServer:
             "broker.session.timeout.ms": "2000",  # a killed broker may register again after it
             "broker.heartbeat.interval.ms": "500",
         }
+        if self._tls is not None:
+            pair = self.folder / "server.pem"
+            pair.write_text(self._tls.key.read_text() + self._tls.cert.read_text())
+            settings["listeners"] += f",TLS://127.0.0.1:{self._tls_port}"
+            settings["listener.security.protocol.map"] += ",TLS:SSL"
+            settings |= {
+                "ssl.client.auth": "required",
+                "ssl.keystore.type": "PEM",
+                "ssl.keystore.location": str(pair),
+                "ssl.truststore.type": "PEM",
+                "ssl.truststore.location": str(self._tls.cert),
+            }
         path = self.folder / "server.properties"
         path.write_text("".join(f"{key}={value}\n" for key, value in settings.items()))
         scram = [
