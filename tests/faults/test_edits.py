@@ -137,6 +137,34 @@ async def test_an_agent_renamed_under_load_reads_on_with_its_group(server: Serve
     assert await made.stop() == 0
 
 
+@pytest.mark.parametrize("server", ["kafka"], indirect=True)
+async def test_partitions_are_added_under_load(server: Server, site: Sites) -> None:
+    """What is published before and after the edit, and while it is carried out, is handled once; fewer partitions are
+    refused, and the workers go on untouched."""
+    made = site(server.url)
+    file, good = made.folder / "topology.yaml", made.topology
+    await made.start()
+    publishing = asyncio.create_task(made.publish(range(TOTAL), pause=0.01))
+    await made.until(lambda: made.handled() > 30, "some handled")
+    file.write_text(good.replace("mode: queue}", "mode: queue, partitions: 3}"))
+    done = await asyncio.to_thread(made.run, "apply", "--yes")
+    assert done.returncode == 0, done.stderr
+    await publishing
+    await made.publish(range(TOTAL, TOTAL + 100))
+    await made.all_handled(TOTAL + 100)
+    assert set(made.runs().values()) == {1}
+    assert made.letters() == []
+    pids = made.agent()["pids"]
+    file.write_text(good.replace("mode: queue}", "mode: queue, partitions: 2}"))
+    refused = await asyncio.to_thread(made.run, "apply", "--yes")
+    assert refused.returncode == 1
+    assert "partitions" in refused.stderr
+    await made.publish(range(TOTAL + 100, TOTAL + 120))
+    await made.all_handled(TOTAL + 120)
+    assert made.agent()["pids"] == pids
+    assert await made.stop() == 0
+
+
 @both
 async def test_an_agent_renamed_with_events_waiting_is_told_how_to_keep_them(server: Server, site: Sites) -> None:
     made = site(server.url)
