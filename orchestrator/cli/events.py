@@ -67,8 +67,11 @@ def publish(
     if output is Output.JSON:
         console.data_json({"version": 1, "event": event.model_dump(mode="json")})
     else:
-        channel = topology.channel_for(event_type).name
-        console.data(f"{event.event_type} {event.event_id} is in {channel}")
+        channel = topology.channel_for(event_type)
+        console.data(f"{event.event_type} {event.event_id} is in {channel.name}")
+        if event_id is not None:
+            window = f"within {channel.dedup_window:g} s, the dedup_window of {channel.name}"
+            console.say(f"unless an event of this id was published {window}: then this one has no effect")
         if not operate.readers(topology, event_type):
             console.say(f"no agent of {topology.name} subscribes to {event_type}: nobody is handed it")
         console.say(f"what becomes of it: orchestrator trace {event.correlation_id}")
@@ -80,6 +83,9 @@ def request(
     files: Files = None,
     sets: Sets = None,
     vars_files: VarsFiles = None,
+    key: Key = None,
+    correlation_id: CorrelationId = None,
+    target: Target = None,
     timeout: Annotated[str, typer.Option("--timeout", help="How long to wait for the reply.")] = "30s",
     output: OutputOption = Output.TEXT,
 ) -> None:
@@ -89,7 +95,17 @@ def request(
 
     content = operate.read_payload(payload)
     topology = load_topology(files, sets, vars_files)
-    reply = asyncio.run(operate.request(topology, event_type, content, timeout=duration(timeout)))
+    reply = asyncio.run(
+        operate.request(
+            topology,
+            event_type,
+            content,
+            timeout=duration(timeout),
+            key=key,
+            correlation_id=correlation_id,
+            target_agent=target,
+        )
+    )
     if output is Output.JSON:
         console.data_json({"version": 1, "reply": reply.model_dump(mode="json")})
     else:
@@ -158,7 +174,7 @@ def trace(
     if output is Output.JSON:
         console.data_json(operate.to_json(correlation_id, found))
     elif found:
-        console.data(operate.draw(operate.tree(found)))
+        console.data(operate.draw(topology, operate.tree(found)))
     else:
         raise OrchestratorError(
             f"nothing is stored under the correlation id {correlation_id!r}",

@@ -61,11 +61,12 @@ async def publish(topology: Topology, event_type: str, payload: dict[str, Any], 
         return await client.publish(event_type, payload, **options)
 
 
-async def request(topology: Topology, event_type: str, payload: dict[str, Any], *, timeout: float) -> AgentEvent:
-    """Publishes one event and returns the reply. Raises RequestTimeout after `timeout` seconds, and as publish does."""
+async def request(topology: Topology, event_type: str, payload: dict[str, Any], **options: Any) -> AgentEvent:
+    """Publishes one event and returns the reply; `options` are those of Client.request. Raises RequestTimeout when none
+    comes in time, and as publish does."""
     async with session(topology, name="request") as connections, Client(topology) as client:
         await _made(topology, connections, event_type)
-        return await client.request(event_type, payload, timeout=timeout)
+        return await client.request(event_type, payload, **options)
 
 
 async def _made(topology: Topology, connections: Connections, event_type: str) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+import heapq
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -70,21 +71,16 @@ async def dead_letters(topology: Topology, connections: Connections, channel: Ch
             yield decode(channel, stored, through=topology.channels.get(letter.channel))
 
 
-async def follow(
-    connections: Connections, channels: Sequence[Channel], *, start: Start, follow: bool
-) -> AsyncIterator[Read]:
-    """The events of several channels, as they come; ends at the present end unless `follow`. Of a channel that holds
-    nothing but dead letters, those.
+async def follow(connections: Connections, channels: Sequence[Channel], *, start: Start) -> AsyncIterator[Read]:
+    """The events of several channels, as they come, for ever. Of a channel that holds nothing but dead letters, those.
 
     Raises what reading any of them raises (BrokerUnavailable, ResourceMissing).
     """
     arrived: asyncio.Queue[Read | None] = asyncio.Queue(maxsize=1000)
 
     async def read(channel: Channel) -> None:
-        connection = await connections.get(channel.broker)
-        letters = channel.dead_letters and not channel.events
-        async for stored in connection.browse(channel, start=start, follow=follow, dead_letters=letters):
-            await arrived.put(decode(channel, stored))
+        async for each in _browse(connections, channel, start, follow=True):
+            await arrived.put(each)
 
     async def read_all() -> None:
         try:
@@ -105,6 +101,40 @@ async def follow(
     finally:
         reader.cancel()
         await asyncio.gather(reader, return_exceptions=True)
+
+
+async def stored(connections: Connections, channels: Sequence[Channel], *, start: Start) -> AsyncIterator[Read]:
+    """What several channels hold now, merged by the time at which the brokers stored it. Raises as `follow` does."""
+    readers = [_browse(connections, channel, start, follow=False) for channel in channels]
+    try:
+        firsts = await asyncio.gather(*(anext(reader, None) for reader in readers), return_exceptions=True)
+        waiting: list[tuple[float, int, Read]] = []
+        for number, first in enumerate(firsts):
+            if isinstance(first, BaseException):
+                raise first
+            if first is not None:
+                waiting.append((first.stored.time, number, first))
+        heapq.heapify(waiting)
+        while waiting:
+            _, number, read = waiting[0]
+            yield read
+            following = await anext(readers[number], None)
+            if following is None:
+                heapq.heappop(waiting)
+            else:
+                heapq.heapreplace(waiting, (following.stored.time, number, following))
+    finally:
+        for reader in readers:
+            await reader.aclose()
+
+
+async def _browse(
+    connections: Connections, channel: Channel, start: Start, *, follow: bool
+) -> AsyncGenerator[Read, None]:
+    connection = await connections.get(channel.broker)
+    letters = channel.dead_letters and not channel.events
+    async for each in connection.browse(channel, start=start, follow=follow, dead_letters=letters):
+        yield decode(channel, each)
 
 
 def when(text: str) -> Start:

@@ -1,4 +1,4 @@
-"""Follows events as they are published, without disturbing any queue: the command `tail`."""
+"""Shows events as they are published, or what is stored, without disturbing any queue: the command `tail`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import AsyncIterator, Sequence
 
 from orchestrator.brokers.base import Start
 from orchestrator.errors import OrchestratorError
-from orchestrator.operate.reading import Read, follow
+from orchestrator.operate.reading import Read, stored
+from orchestrator.operate.reading import follow as following
 from orchestrator.operate.session import session
 from orchestrator.topology.model import Channel, Topology, matches
 
@@ -20,7 +21,8 @@ async def tail(
     """
     chosen = choose(topology, channels)
     async with session(topology, name="tail") as connections:
-        async for read in _follow(connections, chosen, start=start, follow=follow):
+        read_all = following if follow else stored
+        async for read in read_all(connections, chosen, start=start):
             event_type = read.event.event_type if read.event else read.stored.event_type or ""
             if not patterns or any(matches(p, event_type) for p in patterns):
                 yield read
@@ -36,6 +38,3 @@ def choose(topology: Topology, names: Sequence[str]) -> list[Channel]:
     if names:
         return [topology.channels[name] for name in names]
     return [c for c in topology.channels.values() if c.events]
-
-
-_follow = follow  # tail()'s own parameter has the same name

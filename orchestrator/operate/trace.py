@@ -1,7 +1,7 @@
 """The causal tree of one correlation id, over all channels: the command `trace`.
 
 Events are joined by metadata.causation_id. What a queue has already handled is gone: its children hang below a
-placeholder for it.
+placeholder for it, which says by whom they were published, and so what it may have been.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from orchestrator.brokers.connections import Connections
-from orchestrator.operate.reading import Read, dead_letters, follow
+from orchestrator.operate.reading import Read, dead_letters, stored
 from orchestrator.operate.session import session
-from orchestrator.topology.model import Topology
+from orchestrator.topology.model import Agent, Mode, Topology
 
 
 @dataclass(slots=True)
@@ -36,9 +36,7 @@ async def collect(topology: Topology, connections: Connections, correlation_id: 
     """Everything stored under `correlation_id`, oldest first."""
     ours = [c for c in topology.channels.values() if c.events]
     letters = [c for c in topology.channels.values() if c.dead_letters]
-    found = [
-        read async for read in follow(connections, ours, start="earliest", follow=False) if _of(read, correlation_id)
-    ]
+    found = [read async for read in stored(connections, ours, start="earliest") if _of(read, correlation_id)]
     for channel in letters:
         found += [read async for read in dead_letters(topology, connections, channel) if _of(read, correlation_id)]
     return sorted(found, key=lambda r: (r.event.timestamp.timestamp() if r.event else 0.0, r.stored.time))
@@ -71,14 +69,14 @@ def tree(found: Iterable[Read]) -> list[Node]:
     return roots or list(nodes.values())[:1]
 
 
-def draw(roots: list[Node]) -> str:
+def draw(topology: Topology, roots: list[Node]) -> str:
     """The trees as text, one line for each event."""
     lines: list[str] = []
     drawn: set[str] = set()  # a loop of causation ids, written by hand, is drawn once
     waiting = [(root, "", "") for root in reversed(roots)]
     while waiting:
         node, lead, below = waiting.pop()
-        lines.append(lead + _label(node))
+        lines.append(lead + _label(topology, node))
         if node.event_id in drawn:
             continue
         drawn.add(node.event_id)
@@ -126,11 +124,19 @@ def _died(read: Read) -> str:
     return f"✗ dead in {read.letter.agent} after {times}: {why}"
 
 
-def _label(node: Node) -> str:
+def _label(topology: Topology, node: Node) -> str:
     if node.read is None or node.read.event is None:
-        by = {c.read.event.source_agent for c in node.children if c.read and c.read.event}
-        return f"({node.event_id[:8]}, handled by {', '.join(sorted(filter(None, by))) or '?'}; no longer stored)"
+        by = sorted({c.read.event.source_agent for c in node.children if c.read and c.read.event} - {""})
+        types = {t for name in by if name in topology.agents for t in _from_queues(topology, topology.agents[name])}
+        what = " or ".join(sorted(types)) or "?"
+        return f"{what}  (no longer stored; handled by {', '.join(by) or '?'})  {node.event_id[:8]}"
     event = node.read.event
     who = f"{event.source_agent or '?'}{f' → {event.target_agent}' if event.target_agent else ''}"
     moment = event.timestamp.astimezone().strftime("%H:%M:%S.%f")[:-3]
     return f"{event.event_type}  {who}  {moment}  {event.event_id[:8]}"
+
+
+def _from_queues(topology: Topology, agent: Agent) -> list[str]:
+    """The types that `agent` reads from queues: what a queue let go was one of them."""
+    queues = [s for s in agent.subscriptions if topology.channels[s.channel].mode is Mode.QUEUE]
+    return [pattern for subscription in queues for pattern in subscription.events]

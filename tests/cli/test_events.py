@@ -46,9 +46,13 @@ def test_publish_says_when_nobody_will_handle_it(applied: Folder) -> None:
 
 
 def test_the_same_id_twice_takes_effect_once(applied: Folder) -> None:
-    applied.ok("publish", "parcel.packed", "{}", "--id", "one")
-    applied.ok("publish", "parcel.packed", "{}", "--id", "one")
-    assert len(everything(applied)) == 1
+    assert "dedup_window" not in applied.ok("publish", "order.changed", "{}").err
+    for _ in range(2):
+        assert (
+            "within 120 s, the dedup_window of parcels"
+            in applied.ok("publish", "parcel.packed", "{}", "--id", "one").err
+        )
+    assert [e["event_type"] for e in everything(applied)] == ["order.changed", "parcel.packed"]
 
 
 @pytest.mark.parametrize(
@@ -78,6 +82,13 @@ def test_request_prints_the_reply_and_times_out_with_a_hint(running: Folder) -> 
     assert running.ok("request", "order.placed", '{"item": "book"}').json == {"item": "book"}
     reply = running.ok("request", "order.placed", '{"item": "book"}', "-o", "json").json["reply"]
     assert reply["event_type"] == "order.placed.reply"
+    given = ("--correlation-id", "mine", "--key", "k", "--target", "pack")
+    assert (
+        running.ok("request", "order.placed", '{"item": 1}', *given, "-o", "json").json["reply"]["correlation_id"]
+        == "mine"
+    )
+    asked = running.ok("trace", "mine", "-o", "json").json["events"][0]
+    assert (asked["event_type"], asked["target_agent"]) == ("order.placed", "pack")
     running.ok("stop")
     assert "status" in running.refused("request", "order.placed", '{"item": "book"}', "--timeout", "300ms")
     assert "not a duration" in running.refused("request", "order.placed", "{}", "--timeout", "soon")
@@ -114,9 +125,12 @@ def test_tail_selects(applied: Folder) -> None:
     applied.ok("publish", "parcel.packed", "{}", "--correlation-id", "a")
     applied.ok("publish", "order.placed", '{"item": 1}', "--correlation-id", "b")
     applied.ok("publish", "order.placed", '{"item": 2}', "--correlation-id", "a")
+    applied.ok("publish", "parcel.packed", '{"last": true}')
     base = ("tail", "--from", "1h", "--no-follow", "-o", "json")
+    everything_in_order = [json.loads(line)["payload"] for line in applied.ok(*base).out.splitlines()]
+    assert everything_in_order == [{}, {"item": 1}, {"item": 2}, {"last": True}], "channel by channel"
     assert len(applied.ok(*base, "order.*").out.splitlines()) == 2
-    assert len(applied.ok(*base, "--channel", "parcels").out.splitlines()) == 1
+    assert len(applied.ok(*base, "--channel", "parcels").out.splitlines()) == 2
     assert len(applied.ok(*base, "--correlation-id", "a").out.splitlines()) == 2
     assert len(applied.ok(*base, "-n", "1").out.splitlines()) == 1
     assert "the channels are: orders, parcels" in applied.refused("tail", "--channel", "nowhere")
@@ -135,6 +149,16 @@ def test_trace_draws_what_caused_what(running: Folder) -> None:
         ("parcel.packed", "cause"),
     ]
     assert "nothing is stored" in running.refused("trace", "nothing")
+
+
+def test_trace_names_what_a_queue_has_let_go_by_what_its_handler_reads(folder: Folder) -> None:
+    folder.write("topology.yaml", TOPOLOGY.replace("mode: log, schemas", "mode: queue, schemas"))
+    folder.ok("apply", "--yes", "-d")
+    folder.ok("publish", "order.placed", '{"item": "book"}', "--correlation-id", "one", "--id", "cause")
+    wait(lambda: "parcel.packed" in folder.run("trace", "one").out, "the order was not packed")
+    drawn = folder.ok("trace", "one").out.splitlines()
+    assert drawn[0] == "order.placed  (no longer stored; handled by pack)  cause"
+    assert drawn[1].startswith("└─ parcel.packed  pack")
 
 
 def test_replay_lets_an_agent_handle_events_again(running: Folder) -> None:
