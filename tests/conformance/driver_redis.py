@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from hashlib import sha1
 from typing import Any
 
 import pytest
@@ -21,7 +20,7 @@ class RedisDriver(ServerDriver):
     kind = "redis"
     lease_constants = ("orchestrator.brokers.redis.consumer:LEASE",)
 
-    carried = ("orchestrator.brokers.redis.scripts:COMMIT", "orchestrator.brokers.redis.scripts:COMMIT_DIGEST")
+    carried = ("orchestrator.brokers.redis.scripts:COMMIT",)
 
     def without(self, mechanism: str, monkeypatch: pytest.MonkeyPatch) -> str:
         match mechanism:
@@ -38,11 +37,9 @@ class RedisDriver(ServerDriver):
             case "guardian":
                 monkeypatch.setattr(RedisConsumer, "keep_alive", lambda self: None)
             case "fencing":
-                fence = "if who ~= s.me then return 'TAKEN' end"
+                fence = "if why and not force then return why end"
                 assert fence in scripts.COMMIT
-                open_script = scripts.COMMIT.replace(fence, "")
-                monkeypatch.setattr(scripts, "COMMIT", open_script)
-                monkeypatch.setattr(scripts, "COMMIT_DIGEST", sha1(open_script.encode()).hexdigest())
+                monkeypatch.setattr(scripts, "COMMIT", scripts.COMMIT.replace(fence, "why = nil"))
             case _:
                 return "there is no watermark: each entry is acknowledged by itself"
         return ""

@@ -12,7 +12,9 @@ import pytest
 from orchestrator.brokers.base import Ended, History, Left
 from orchestrator.brokers.redis import consumer as consuming
 from orchestrator.brokers.redis import reading_scripts as scripts
+from orchestrator.brokers.redis import settling
 from orchestrator.brokers.redis.link import Link
+from orchestrator.brokers.redis.producer import Op, Pump
 from orchestrator.errors import OrchestratorError
 from tests.conformance.driver_redis import RedisDriver
 from tests.conformance.rig import Lab, Rig, elapse, eventually, outcome
@@ -142,7 +144,7 @@ async def test_what_was_given_back_meanwhile_is_not_adopted(
         await lab.publish()
         reader = await lab.reader(free=1)
         delivery = await reader.take_one()
-        call, commit = Link.call, Link.commit
+        call, add = Link.call, Pump.add
         crossed = False
 
         async def late(link: Link, key: str, *command: object) -> Any:
@@ -151,12 +153,11 @@ async def test_what_was_given_back_meanwhile_is_not_adopted(
             if command[0] == "XPENDING" and not crossed:
                 crossed = True
                 await reader.retry(delivery, History(attempts=1), 0.0)
-                monkeypatch.setattr(Link, "commit", slow)
+                monkeypatch.setattr(Pump, "add", slow)
             return answer
 
-        async def slow(link: Link, *given: Any) -> Any:
-            await asyncio.sleep(0.5)
-            return await commit(link, *given)
+        def slow(pump: Pump, op: Op) -> None:
+            asyncio.get_running_loop().call_later(0.5, add, pump, op)
 
         monkeypatch.setattr(Link, "call", late)
         reader.demand(1)
@@ -210,7 +211,7 @@ async def test_the_end_comes_though_the_server_stands_still(own_rig: Rig) -> Non
 async def test_a_mistake_while_reading_is_seen_and_passes(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     async with rig.lab() as lab:
         reader = await lab.reader()
-        monkeypatch.setattr(consuming, "parse", lambda flat: 1 / 0)
+        monkeypatch.setattr(settling, "parse", lambda flat: 1 / 0)
         await lab.publish()
         reader.demand(1)
         await eventually(lambda: reader.troubles and "ZeroDivision" in str(reader.troubles[-1]), what="the trouble")

@@ -17,7 +17,8 @@ from orchestrator.errors import BrokerUnavailable
 from orchestrator.topology.model import Auth, Tls
 from tests.conformance.driver_redis import RedisDriver
 from tests.conformance.rig import Lab, Rig, elapse, eventually
-from tests.servers.redis import RedisServer, Sentinel
+from tests.servers.certificates import certificate
+from tests.servers.redis import RedisServer, Sentinel, free_port
 
 
 async def test_a_server_killed_under_load_loses_and_doubles_nothing(own_rig: Rig) -> None:
@@ -237,10 +238,16 @@ async def test_a_cluster_that_does_not_know_its_own_address(cluster: list[RedisS
         await round_trip(lab)
 
 
-def test_tls_uses_the_files_that_the_topology_names(tmp_path: Path) -> None:
-    from orchestrator.brokers.redis.link import Link
-
-    broker = Rig(RedisDriver(_at("redis://127.0.0.1:1")), tmp_path).topology({}).brokers["main"]
-    link = Link(replace(broker, tls=Tls(ca="ca.pem", cert="c.pem", key="k.pem")), "test")
-    assert link._options["ssl"] is True
-    assert link._options["ssl_ca_certs"] == "ca.pem"
+async def test_tls_with_certificates_on_both_sides(tmp_path: Path) -> None:
+    pair = certificate(tmp_path, "both")
+    port, files = free_port(), {"cert": str(pair.cert), "key": str(pair.key)}
+    options = ("--tls-cert-file", str(pair.cert), "--tls-key-file", str(pair.key), "--tls-ca-cert-file", str(pair.cert))
+    server = RedisServer("--tls-port", str(port), *options).start()
+    try:
+        async with lab_at(f"rediss://127.0.0.1:{port}", tmp_path, tls=Tls(ca=str(pair.cert), **files)) as lab:
+            await round_trip(lab)
+        with pytest.raises(BrokerUnavailable, match="does not answer"):
+            async with lab_at(f"rediss://127.0.0.1:{port}", tmp_path, tls=Tls(**files)) as lab:
+                pass
+    finally:
+        server.close()

@@ -6,10 +6,8 @@ Where the walks of this package begin: Adapter.connect → reconcile (resources)
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from typing import Any, cast
 
 from redis.exceptions import AuthenticationError
 
@@ -121,12 +119,13 @@ class RedisConnection(Connection):
         end = info["last-generated-id"].decode()
         if last == "$":
             last = end
-        client = await self.link.fresh(stream)
+        with self.link.translated():
+            wire = await self.link.fresh(stream)
         try:
             while True:
                 command = ("XREAD", "COUNT", 200, *(("BLOCK", 500) if follow else ()), "STREAMS", stream, last)
                 with self.link.translated():
-                    found = await cast(Any, client).execute_command(*command)
+                    found = await wire.ask(*command)
                 if not found and not follow:
                     return
                 for entry, flat in found[0][1] if found else ():
@@ -138,7 +137,7 @@ class RedisConnection(Connection):
                     if wanted and ("dlq-agent" in headers) == dead_letters:
                         yield Stored(f"{stream}:{last}", body, headers, kind, int(last.partition("-")[0]) / 1000)
         finally:
-            await client.aclose()
+            wire.close()
 
     async def remove(self, channel: Channel, positions: Sequence[str]) -> int:
         places = [place for address, _, place in (p.rpartition(":") for p in positions) if address == channel.address]
@@ -230,7 +229,7 @@ class RedisConnection(Connection):
             await inbox.close()
         for pump in self._pumps.values():
             await pump.close(3.0)
-        await self.link.close()
+        self.link.close()
 
 
 def _info(answer: bytes) -> dict[str, str]:
@@ -284,15 +283,14 @@ class RedisAdapter:
                     error, (BrokerUnavailable, asyncio.TimeoutError)
                 )
                 if wrong or loop.time() > deadline:
-                    await link.close()
+                    link.close()
                     hint = "check brokers.*.auth" if wrong else "is the server running, and is the url right?"
                     why = error if str(error) else f"no answer in {patience:g} s"
                     raise BrokerUnavailable(f"cannot reach {link.address}: {why}", hint=hint) from error
                 await asyncio.sleep(0.1)
         version = tuple(int(part) for part in info.get("redis_version", "0").split(".")[:2])
         if version < (6, 2):
-            with contextlib.suppress(BrokerError):
-                await link.close()
+            link.close()
             raise BrokerError(
                 f"{link.address} is Redis {info.get('redis_version')}", hint="6.2 is the oldest that works"
             )

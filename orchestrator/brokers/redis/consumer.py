@@ -14,15 +14,13 @@ import os
 import socket
 import uuid
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
-from redis.asyncio import Redis
-from redis.exceptions import NoScriptError
+from redis.exceptions import ResponseError
 
 from orchestrator.brokers.base import FRESH, Consumer, Delivery, Done, Ended, History, Left, Outgoing, Sink
 from orchestrator.brokers.redis import reading_scripts as scripts
-from orchestrator.brokers.redis.entries import parse
-from orchestrator.brokers.redis.link import ERRORS, exchange, passing
+from orchestrator.brokers.redis.link import ERRORS, Wire, digest, passing
 from orchestrator.brokers.redis.producer import Source
 from orchestrator.brokers.redis.settling import Holdings, RedisDelivery
 from orchestrator.errors import BrokerError, ResourceMissing
@@ -57,9 +55,8 @@ class RedisConsumer(Consumer):
         self._stopping = False
         self._closed = False
         self._wake = asyncio.Event()
-        self._reader: Redis | None = None
+        self._reader: Wire | None = None
         self._reader_id = 0
-        self._lost_script = b""
         self._tasks: list[asyncio.Task[None]] = []
 
     # --- start ------------------------------------------------------------------------------------------------
@@ -102,7 +99,7 @@ class RedisConsumer(Consumer):
                 pause = 0.1
                 continue
             except ERRORS as error:
-                if isinstance(error, NoScriptError):
+                if str(error).startswith("NOSCRIPT"):
                     pause = 0.0  # the server forgot its scripts: the next reader loads them
                 elif str(error).startswith(("NOGROUP", "UNBLOCKED")):
                     await self._held.heal()
@@ -113,11 +110,11 @@ class RedisConsumer(Consumer):
             except Exception as error:  # a mistake of ours: it must be seen, and reading must go on
                 _log.exception("reading %s failed", self._channel.address)
                 self._trouble("read", f"{type(error).__name__}: {error}")
-            await self._forget_reader()
+            self._forget_reader()
             self._held.suspect = True
             await asyncio.sleep(pause)
             pause = min(1.0, 2 * pause or 0.1)
-        await self._forget_reader()
+        self._forget_reader()
 
     async def _read_once(self) -> None:
         if self._held.suspect:
@@ -148,21 +145,25 @@ class RedisConsumer(Consumer):
 
     async def _read(self, wait: float) -> None:
         main = self._held.sources[0]
-        reader = self._reader or await self._connect_reader()
-        read: tuple[Any, ...] = (
+        reader = self._reader
+        if reader is None or reader.closed:
+            reader = await self._connect_reader()
+        read = (
             "XREADGROUP", "GROUP", main.group, self.me, "COUNT", self._free, "BLOCK", max(1, int(wait * 1000)),
             "STREAMS", main.stream, ">",
         )  # fmt: skip
-        look = ("EVALSHA", self._lost_script, 1, main.stream, *main.args, self._counts)
+        look = ("EVALSHA", digest(scripts.LOST), 1, main.stream, *main.args, self._counts)
         # "next": looked at afterwards too, so that the first entry that is still unread is remembered
-        commands = {"": (read,), "count": (look, read), "next": (look, read, look)}[self._counts]
+        commands: tuple[tuple[object, ...], ...] = {"": (read,), "count": (look, read), "next": (look, read, look)}[
+            self._counts
+        ]
         self._asked = self._free
         try:
-            answers = await exchange(reader, *commands)
+            answers = await reader.send(*commands)
         finally:
             self._asked = 0
         for answer in answers:
-            if isinstance(answer, Exception):
+            if isinstance(answer, ResponseError):
                 raise answer
         if self._counts:
             self._lost(answers[0])
@@ -171,17 +172,17 @@ class RedisConsumer(Consumer):
             self._held.last = entries[-1][0].decode()
             self._hand_out([self._delivery(0, entry, flat, 1, None) for entry, flat in entries])
 
-    async def _connect_reader(self) -> Redis:
-        reader = await self._link.fresh(self._channel.address)
-        self._reader = reader
-        self._reader_id = await cast(Any, reader).execute_command("CLIENT", "ID")
-        self._lost_script = await cast(Any, reader).execute_command("SCRIPT", "LOAD", scripts.LOST)
+    async def _connect_reader(self) -> Wire:
+        self._forget_reader()
+        reader = self._reader = await self._link.fresh(self._channel.address)
+        self._reader_id = await reader.ask("CLIENT", "ID")
+        await reader.ask("SCRIPT", "LOAD", scripts.LOST)
         return reader
 
-    async def _forget_reader(self) -> None:
-        reader, self._reader = self._reader, None
-        if reader is not None:
-            await reader.aclose()
+    def _forget_reader(self) -> None:
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None
 
     def _unblock(self) -> None:
         """Ends a blocked read without losing what it may just be given, as cancelling it would."""
@@ -190,20 +191,9 @@ class RedisConsumer(Consumer):
             self._held.beside(self._link.call(self._channel.address, "CLIENT", "UNBLOCK", self._reader_id))
 
     def _delivery(self, source: int, entry: bytes, flat: Sequence[bytes], count: int, kept: bytes | None) -> Delivery:
-        body, headers, event_type = parse(flat or ())
-        place = entry.decode()
-        delivery = RedisDelivery(
-            body=body,
-            headers=headers,
-            event_type=event_type,
-            channel=self._channel.name,
-            position=f"{self._held.sources[source].stream}:{place}",
-            token=f"{source} {place} {self.me}".encode(),
-            time=int(place.partition("-")[0]) / 1000,
-            redelivered=count > 1,
-            history=_history(entry, kept) if kept else FRESH,
-        )
-        delivery.source, delivery.entry, delivery.kept, delivery.orphan = source, entry, bool(kept), False
+        stream, history = self._held.sources[source].stream, _history(entry, kept) if kept else FRESH
+        delivery = RedisDelivery(source, stream, self._channel.name, self.me, entry, flat or (), history)
+        delivery.redelivered, delivery.kept = count > 1, bool(kept)
         return delivery
 
     def _hand_out(self, deliveries: Sequence[Delivery]) -> None:
@@ -325,7 +315,7 @@ class RedisConsumer(Consumer):
         except BrokerError as error:
             _log.warning("no heartbeat while the loop is blocked: %s", error)
         finally:
-            await link.close()
+            link.close()
 
     async def recover(self, left: Sequence[Left]) -> None:
         dead: set[str] = set()
@@ -377,7 +367,7 @@ class RedisConsumer(Consumer):
         await asyncio.wait(self._tasks)
         await self._held.end()
         self._pump.listeners.discard(self._pump_trouble)
-        await self._forget_reader()
+        self._forget_reader()
         args = [part for source in self._held.sources for part in source.args]
         keys = [source.stream for source in self._held.sources]
         with contextlib.suppress(BrokerError, asyncio.TimeoutError):  # the lease ends what is left of us

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from orchestrator.brokers.base import Outgoing
 from orchestrator.errors import PublishRejected
@@ -11,42 +11,66 @@ from orchestrator.errors import PublishRejected
 #: A script can write no more than some 4,000 fields. Of an entry with too many so few are kept that its dead letter,
 #: which has them and its own, is below the limit.
 _TOO_MANY, _KEPT = 1200, 1000
-_RESERVED = frozenset({"event_id", "event_type", "source_agent", "correlation_id", "payload"})
+FIELDS = ("event_id", "event_type", "source_agent", "correlation_id", "payload")
+_USUAL = [name.encode() for name in FIELDS]
+
+
+def headers_of(message: Outgoing) -> Mapping[str, str]:
+    """The fields that an entry has beside FIELDS."""
+    headers = message.headers
+    if _SPECIAL.isdisjoint(headers):
+        return headers
+    found = {}
+    for name, value in headers.items():
+        if name in _IN_FIELDS and value == getattr(message, _IN_FIELDS[name]):
+            continue
+        found[f"x-{name}" if name in FIELDS else name] = value
+    return found
 
 
 def fields(message: Outgoing) -> list[str | bytes]:
-    """The entry's fields and values (contract section 3)."""
+    """All fields and values (contract section 3)."""
     found: list[str | bytes] = [
         "event_id", message.event_id, "event_type", message.event_type, "source_agent", message.source_agent,
         "correlation_id", message.correlation_id, "payload", message.body,
     ]  # fmt: skip
-    for name, value in message.headers.items():
-        if name in _IN_FIELDS and value == getattr(message, _IN_FIELDS[name]):
-            continue
-        found.append(f"x-{name}" if name in _RESERVED else name)
-        found.append(value if value.isascii() else value.encode("utf-8", "surrogateescape"))
+    for name, value in headers_of(message).items():
+        found += (name, value)
     return found
 
 
 _IN_FIELDS = {"event-id": "event_id", "source-agent": "source_agent", "correlation-id": "correlation_id"}
+_SPECIAL = frozenset({*FIELDS, *_IN_FIELDS})
 
 
 def parse(flat: Sequence[bytes]) -> tuple[bytes, dict[str, str], str | None]:
     """Body, headers and event type of an entry, whoever wrote it; the type that the body names when no field does.
     Fields that are not text are surrogate-escaped, and those of an entry with too many are left out."""
-    body, event_type, headers, known = b"", None, {}, {}
+    if flat[0:10:2] == _USUAL and len(flat) <= 2 * _TOO_MANY:  # as this package writes it
+        body, event_type, rest = flat[9], str(flat[3], "utf-8", "replace"), iter(flat[10:])
+        headers = {"event-id": _text(flat[1]), "source-agent": _text(flat[5]), "correlation-id": _text(flat[7])}
+        if "" in headers.values():
+            headers = {name: value for name, value in headers.items() if value}
+        for name, value in zip(rest, rest, strict=False):
+            headers[_text(name)] = _text(value)
+        return body, headers, event_type
+    body, kind, headers, known = b"", None, {}, {}
     pairs = iter(flat if len(flat) <= 2 * _TOO_MANY else _shortened(flat))
     for name, value in zip(pairs, pairs, strict=False):
         if name == b"payload":
             body = value
         elif name == b"event_type":
-            event_type = value.decode("utf-8", "replace")
+            kind = value.decode("utf-8", "replace")
         elif (header := _OF_FIELDS.get(name)) is not None:
             if value:
-                known[header] = value.decode("utf-8", "surrogateescape")
+                known[header] = _text(value)
         else:
-            headers[name.decode("utf-8", "surrogateescape")] = value.decode("utf-8", "surrogateescape")
-    return body, {**known, **headers}, event_type if event_type is not None else _type_in(body)
+            headers[_text(name)] = _text(value)
+    return body, {**known, **headers}, kind if kind is not None else _type_in(body)
+
+
+def _text(value: bytes) -> str:
+    return str(value, "utf-8", "surrogateescape")
 
 
 _OF_FIELDS = {field.encode(): header for header, field in _IN_FIELDS.items()}
@@ -71,15 +95,17 @@ _good_types: set[str] = set()
 
 def check(message: Outgoing) -> None:
     """Raises PublishRejected for names and headers that not every broker's wire could carry."""
-    kind, texts = message.event_type, (message.event_id, message.source_agent, message.correlation_id)
+    kind = message.event_type
     if kind not in _good_types:
         if not kind or any(c in "*>" or c.isspace() or not c.isprintable() for c in kind):
             raise PublishRejected(f"{kind!r} is no event type", hint="use letters, digits, _ - and dots")
         if len(_good_types) < 10_000:
             _good_types.add(kind)
-    for text in texts:
+    for text in (message.event_id, message.source_agent, message.correlation_id):
         if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
             raise PublishRejected(f"{text!r} is no text that UTF-8 can carry", hint="use another id")
     for name, value in message.headers.items():
+        if name.isidentifier() and value.isprintable():
+            continue  # the usual case
         if not name or any(c in "\r\n\0:" for c in name) or any(c in "\r\n\0" for c in value):
             raise PublishRejected(f"the header {name!r} holds a line break or a colon", hint="take it out")

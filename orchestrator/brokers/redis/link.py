@@ -1,47 +1,41 @@
 """Connections to the servers behind one URL: standalone, Sentinel or Cluster; and what their errors mean.
 
-The library's clients retry by themselves and double what they send; here they never do.
+The library connects, authenticates and encrypts; then a Wire speaks for itself. Its clients retry by themselves and
+double what they send, and took half the time of a batch; here an unanswered command is its sender's to judge.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+from binascii import crc_hqx
+from collections import deque
 from collections.abc import Iterator, Sequence
+from functools import cache
+from hashlib import sha1
 from typing import Any, cast
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from hiredis import pack_command
-from redis.asyncio import Redis
+from hiredis import Reader, pack_command
+from redis.asyncio.connection import Connection, SSLConnection
 from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel
 from redis.backoff import NoBackoff
-from redis.crc import key_slot
-from redis.exceptions import (
-    AskError,
-    ClusterError,
-    ConnectionError,
-    NoScriptError,
-    ReadOnlyError,
-    RedisError,
-    ResponseError,
-    TimeoutError,
-    TryAgainError,
-)
+from redis.exceptions import ConnectionError, RedisError, ResponseError, TimeoutError
 
-from orchestrator.brokers.redis import scripts
 from orchestrator.errors import BrokerError, BrokerUnavailable, OrchestratorError
 from orchestrator.topology.model import Broker
 
-#: What passes by itself: lost connections, failover, loading, resharding.
-_PASSING = (ConnectionError, TimeoutError, OSError, ReadOnlyError, ClusterError, AskError, TryAgainError)
-_PASSING_WORDS = ("READONLY", "MISCONF", "NOREPLICAS", "LOADING", "CLUSTERDOWN", "TRYAGAIN", "MASTERDOWN", "BUSY ")
-ERRORS = (RedisError, OSError)  # all that the library raises
+#: What passes by itself: lost connections, failover, loading, resharding. After a _MOVING one, somebody else answers.
+_PASSING = (ConnectionError, TimeoutError, OSError)
+_MOVING = ("READONLY", "MOVED ", "ASK ", "CLUSTERDOWN", "MASTERDOWN")
+_PASSING_WORDS = (*_MOVING, "MISCONF", "NOREPLICAS", "LOADING", "TRYAGAIN", "BUSY ")
+ERRORS = (RedisError, OSError)  # all that comes from below
+_MORE = object()
 
 
 def passing(error: BaseException | str) -> bool:
     """Whether trying the same again later may work."""
-    if isinstance(error, str):
-        return error.startswith(_PASSING_WORDS)
     return isinstance(error, _PASSING) or str(error).startswith(_PASSING_WORDS)
 
 
@@ -52,26 +46,120 @@ def base(stream: str) -> str:
     return stream if tagged else "{" + stream + "}"
 
 
+@cache
+def digest(script: str) -> str:
+    return sha1(script.encode(), usedforsecurity=False).hexdigest()
+
+
+class Wire(asyncio.Protocol):
+    """One connection. What is sent is answered in order; when the answers stay away, it ends."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection  # its stream writer would close the socket if it were forgotten
+        self._writer = cast(Any, connection)._writer
+        self._patience = float(connection.socket_timeout or 5.0)
+        self._loop = asyncio.get_running_loop()
+        self._reader = Reader(replyError=cast(Any, ResponseError), notEnoughData=_MORE)
+        self._waiting: deque[tuple[asyncio.Future[list[Any]], int, list[Any]]] = deque()
+        self._since = 0.0  # when the server was last heard of, or first asked
+        self._watch: asyncio.TimerHandle | None = None
+        self.closed = False
+        self._writer.transport.set_protocol(self)
+
+    def send(self, *commands: tuple[Any, ...]) -> asyncio.Future[list[Any]]:
+        """Sends commands in one write; the answer to each, which may be a ResponseError. Fails with ConnectionError."""
+        future: asyncio.Future[list[Any]] = self._loop.create_future()
+        if self.closed:
+            future.set_exception(ConnectionError("the connection was lost"))
+            return future
+        if not self._waiting:
+            self._since = self._loop.time()
+            if self._watch is None:
+                self._watch = self._loop.call_later(self._patience, self._look)
+        try:
+            data = b"".join(map(pack_command, commands))
+        except UnicodeEncodeError:  # text that stands for bytes
+            data = b"".join(pack_command(tuple(map(_encoded, command))) for command in commands)
+        self._waiting.append((future, len(commands), []))
+        self._writer.transport.write(data)
+        return future
+
+    async def ask(self, *command: Any) -> Any:
+        """One command. Raises the library's errors."""
+        (answer,) = await self.send(command)
+        if isinstance(answer, ResponseError):
+            raise answer
+        return answer
+
+    def data_received(self, data: bytes) -> None:
+        self._since = self._loop.time()
+        reader, waiting = self._reader, self._waiting
+        reader.feed(data)
+        while waiting:
+            answer = reader.gets()
+            if answer is _MORE:
+                return
+            future, count, answers = waiting[0]
+            answers.append(answer)
+            if len(answers) == count:
+                waiting.popleft()
+                if not future.done():
+                    future.set_result(answers)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._end(ConnectionError(str(error) if error else "the server closed the connection"))
+
+    def close(self) -> None:
+        self._end(ConnectionError("the connection was closed"))
+
+    def _look(self) -> None:
+        self._watch = None
+        if not self._waiting:
+            return
+        left = self._since + self._patience - self._loop.time()
+        if left > 0:
+            self._watch = self._loop.call_later(left, self._look)
+        else:
+            self._end(TimeoutError(f"no answer within {self._patience:g} s"))
+
+    def _end(self, error: RedisError) -> None:
+        if self.closed:
+            return
+        self.closed = True
+        if self._watch is not None:
+            self._watch.cancel()
+        self._writer.transport.abort()
+        cast(Any, self._connection)._close()
+        for future, *_ in self._waiting:
+            if not future.done():
+                future.set_exception(error)
+                future.exception()  # whoever asked may be gone
+        self._waiting.clear()
+
+
 class Link:
-    """The servers behind one URL. One client is shared by all that writes; who blocks takes a fresh one."""
+    """The servers behind one URL. One wire is shared by all that writes; who blocks takes a fresh one."""
 
     def __init__(self, broker: Broker, name: str) -> None:
         url = urlsplit(broker.url)
-        self.kind = url.scheme
         self.cluster = url.scheme == "redis+cluster"
+        self._sentinel = url.scheme == "redis+sentinel"
         where, _, hosts = url.netloc.rpartition("@")
-        self._hosts = [_host(text, 26379 if url.scheme == "redis+sentinel" else 6379) for text in hosts.split(",")]
+        self._hosts = [_host(text, 26379 if self._sentinel else 6379) for text in hosts.split(",")]
         self.address = f"{url.scheme}://{hosts}{url.path}"
-        self._path = [unquote(part) for part in url.path.split("/") if part]
+        path = [unquote(part) for part in url.path.split("/") if part]
+        self._service = path[0] if path and self._sentinel else ""
+        user, _, password = where.partition(":")
         self._options: dict[str, Any] = {
+            "db": int(path[-1]) if path and path[-1].isdigit() else 0,
             "protocol": 2,
             "socket_timeout": 5.0,
             "socket_connect_timeout": 3.0,
             "client_name": "".join(c if c.isprintable() and c != " " else "-" for c in name),
             "retry": Retry(NoBackoff(), 0),
+            "username": unquote(user) or None,
+            "password": unquote(password) or None,
         }
-        user, _, password = where.partition(":")
-        self._options |= {"username": unquote(user) or None, "password": unquote(password) or None}
         if broker.auth is not None:
             if broker.auth.mechanism != "plain":
                 raise OrchestratorError(
@@ -79,35 +167,44 @@ class Link:
                     hint=f"brokers.{broker.name}.auth: {{mechanism: plain, username: …, password: …}}",
                 )
             self._options |= {"username": broker.auth.username, "password": broker.auth.password}
+        self._kind: type[Connection] = Connection
         if broker.tls is not None or url.scheme == "rediss" or parse_qs(url.query).get("ssl") == ["true"]:
-            self._options["ssl"] = True
+            self._kind = SSLConnection
             tls = broker.tls
             files = {"ssl_ca_certs": tls.ca, "ssl_certfile": tls.cert, "ssl_keyfile": tls.key} if tls else {}
             self._options |= {key: value for key, value in files.items() if value}
         self._options |= broker.client
-        self._shared: dict[tuple[str, int], Redis] = {}
-        self._finder: Any = None  # asks the sentinels for the master
+        self._shared: dict[tuple[str, int], Wire] = {}
+        self._connecting = asyncio.Lock()
         self._slots: list[tuple[int, int, tuple[str, int]]] = []
 
     def slot(self, key: str) -> int:
         """Keys of one script must have the same; one number for all when there is no cluster."""
-        return key_slot(key.encode()) if self.cluster else 0
+        if not self.cluster:
+            return 0
+        start = key.find("{") + 1
+        end = key.find("}", start)
+        return crc_hqx((key[start:end] if 0 < start < end else key).encode(), 0) % 16384
 
-    async def at(self, key: str = "") -> Redis:
-        """The shared client of the server that holds `key`."""
+    async def at(self, key: str = "") -> Wire:
+        """The shared wire to the server that holds `key`. Raises the library's errors."""
         node = await self._node(key)
-        if node not in self._shared:
-            self._shared[node] = self._client(node)
-        return self._shared[node]
+        wire = self._shared.get(node)
+        if wire is None or wire.closed:
+            async with self._connecting:
+                wire = self._shared.get(node)
+                if wire is None or wire.closed:
+                    wire = self._shared[node] = await self._open(node)
+        return wire
 
-    async def fresh(self, key: str, **options: Any) -> Redis:
-        """A client of one's own; the caller closes it."""
-        return self._client(await self._node(key), **options)
+    async def fresh(self, key: str) -> Wire:
+        """A wire of one's own; the caller closes it. Raises the library's errors."""
+        return await self._open(await self._node(key))
 
     async def call(self, key: str, *command: object) -> Any:
         """One command about `key`. Raises BrokerUnavailable, or BrokerError when the server says no."""
         with self.translated():
-            return await cast(Any, await self.at(key)).execute_command(*command)
+            return await (await self.at(key)).ask(*command)
 
     async def script(self, script: str, keys: Sequence[str], *args: object) -> Any:
         """One script on the server of its first key. Raises as call()."""
@@ -115,31 +212,26 @@ class Link:
             return await self.raw(script, keys, *args)
 
     async def raw(self, script: str, keys: Sequence[str], *args: object) -> Any:
-        """As script(), with the library's own errors."""
+        """As script(), with the library's own errors. Sends the text only to a server that does not know it."""
         try:
-            return await scripts.run(await self.at(keys[0]), script, list(keys), list(args))
-        except ERRORS as error:
-            self.doubt(error)
-            raise
-
-    async def commit(self, key: str, args: Sequence[Any]) -> Any:
-        """The COMMIT script. Raises as raw()."""
-        try:
-            client = await self.at(key)
-            (answer,) = await exchange(client, ("EVALSHA", scripts.COMMIT_DIGEST, 1, key, *args))
-            if isinstance(answer, NoScriptError):
-                (answer,) = await exchange(client, ("EVAL", scripts.COMMIT, 1, key, *args))
-            if isinstance(answer, ResponseError):
-                raise answer
-            return answer
+            wire = await self.at(keys[0])
+            try:
+                return await wire.ask("EVALSHA", digest(script), len(keys), *keys, *args)
+            except ResponseError as error:
+                if not str(error).startswith("NOSCRIPT"):
+                    raise
+                return await wire.ask("EVAL", script, len(keys), *keys, *args)
         except ERRORS as error:
             self.doubt(error)
             raise
 
     def doubt(self, error: BaseException) -> None:
-        """After an error: slots may have moved."""
+        """After an error: another server may have to be asked."""
         if passing(error):
             self._slots = []
+        if str(error).startswith(_MOVING):
+            for wire in self._shared.values():
+                wire.close()
 
     @contextlib.contextmanager
     def translated(self) -> Iterator[None]:
@@ -156,25 +248,23 @@ class Link:
             )
         return BrokerError(f"{self.address} refused: {error}", hint="look at the server's permissions (ACL) and state")
 
-    async def close(self) -> None:
-        for client in self._shared.values():
-            await client.aclose()
+    def close(self) -> None:
+        for wire in self._shared.values():
+            wire.close()
         self._shared.clear()
-        for client in self._finder.sentinels if self._finder is not None else ():
-            await client.aclose()
 
-    def _client(self, node: tuple[str, int], **options: Any) -> Redis:
-        database = int(self._path[-1]) if self._path and self._path[-1].isdigit() else 0
-        given = {**self._options, "db": database, **options}
-        if self.kind == "redis+sentinel":
-            if self._finder is None:
-                quick = {key: value for key, value in given.items() if key.startswith("socket_")}
-                self._finder = cast(Any, Sentinel)(self._hosts, sentinel_kwargs={**quick, "retry": given["retry"]})
-            client = cast(Redis, self._finder.master_for(self._path[0], **given))
-        else:
-            client = Redis(host=node[0], port=node[1], **given)
-        client.response_callbacks.clear()  # answers as the server gives them
-        return client
+    async def _open(self, node: tuple[str, int]) -> Wire:
+        if self._sentinel:
+            quick = {key: value for key, value in self._options.items() if key.startswith("socket_") or key == "retry"}
+            finder = cast(Any, Sentinel)(self._hosts, sentinel_kwargs=quick)
+            try:
+                node = await finder.discover_master(self._service)
+            finally:
+                for client in finder.sentinels:
+                    await client.aclose()
+        connection = self._kind(host=node[0], port=node[1], **self._options)
+        await cast(Any, connection).connect()
+        return Wire(connection)
 
     async def _node(self, key: str) -> tuple[str, int]:
         if not self.cluster:
@@ -191,37 +281,21 @@ class Link:
     async def _find_slots(self) -> None:
         error: BaseException = ConnectionError("the cluster has no servers")
         for seed in [*self._hosts, *(node for node in self._shared if node not in self._hosts)]:
-            client = self._client(seed)
             try:
-                found = await cast(Any, client).execute_command("CLUSTER", "SLOTS")
+                wire = await self._open(seed)
+                try:
+                    found = await wire.ask("CLUSTER", "SLOTS")
+                finally:
+                    wire.close()
                 self._slots = [(f, t, ((node[0] or b"").decode() or seed[0], node[1])) for f, t, node, *_ in found]
                 return
             except ERRORS as failure:
                 error = failure
-            finally:
-                await client.aclose()
         raise error
 
 
-async def exchange(client: Redis, *commands: tuple[Any, ...]) -> list[Any]:
-    """Sends commands in one write and returns the answer to each, which may be a ResponseError. For the hot paths: the
-    library's own pipeline and its packing in Python took half the time of a batch. Raises the library's errors."""
-    pool: Any = client.connection_pool
-    connection = await pool.get_connection()
-    answers: list[Any] = []
-    try:
-        await connection.send_packed_command(b"".join(map(pack_command, commands)))
-        for _ in commands:
-            try:
-                answers.append(await connection.read_response())
-            except ResponseError as error:
-                answers.append(error)
-        return answers
-    except BaseException:  # an answer may still come: nobody may take it for his own
-        await connection.disconnect(nowait=True)
-        raise
-    finally:
-        await pool.release(connection)
+def _encoded(part: Any) -> Any:
+    return part.encode("utf-8", "surrogateescape") if isinstance(part, str) else part
 
 
 def _host(text: str, default: int) -> tuple[str, int]:

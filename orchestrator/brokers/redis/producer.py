@@ -13,14 +13,19 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
+from redis.exceptions import ResponseError
+
 from orchestrator.brokers.base import Done, Outgoing, Producer
-from orchestrator.brokers.redis.entries import check, fields, parse
-from orchestrator.brokers.redis.link import ERRORS, Link, base, passing
+from orchestrator.brokers.redis import scripts
+from orchestrator.brokers.redis.entries import FIELDS, check, fields, headers_of, parse
+from orchestrator.brokers.redis.link import ERRORS, Link, Wire, base, digest, passing
 from orchestrator.errors import BrokerError, BrokerUnavailable, OrchestratorError, PublishRejected
 from orchestrator.topology.model import Channel, Mode, Overflow
 
 _log = logging.getLogger(__name__)
 _BATCH, _BATCH_BYTES = 32, 1 << 20
+_WORTH = 16  # so many acts are worth a second script while one is under way
+_SETTLING, _WRITING = ("ack", "settle"), ("publish", "settle")
 _UNCONFIRMED = 4096
 _REPLY_TTL = 60_000
 
@@ -28,7 +33,7 @@ _REPLY_TTL = 60_000
 class Op:
     """One act of the COMMIT script. `finish` is called once, with "" for done or the script's word for why not."""
 
-    __slots__ = ("act", "again", "args", "finish", "forced", "healed", "outputs", "size", "source")
+    __slots__ = ("act", "again", "alone", "args", "done", "finish", "healed", "mine", "outputs", "source")
 
     def __init__(
         self,
@@ -36,12 +41,15 @@ class Op:
         finish: Callable[[Op, str], None],
         source: Source | None = None,
         args: Sequence[object] = (),
-        outputs: Sequence[Outgoing] | None = None,
+        outputs: Sequence[Outgoing] = (),
+        mine: Any = None,
+        done: Done | None = None,
     ) -> None:
         self.act, self.finish, self.source, self.args, self.outputs = act, finish, source, args, outputs
+        self.mine, self.done = mine, done  # for `finish`
         self.again = False  # sent before, and nothing heard
+        self.alone = False  # a script that it was part of failed as a whole
         self.healed = False
-        self.size = sum(len(message.body) + 512 for message in outputs or ()) + 128
 
     def end(self, word: str) -> None:
         finish, self.finish = self.finish, _over
@@ -68,23 +76,32 @@ class Source:
 
 
 class Pump:
-    """Sends what is added, in order, one script at a time; what is added meanwhile goes with the next."""
+    """Sends what is added: all of one turn of the loop in one script, and what is added while it runs in the next.
+    While all goes well nothing is awaited; what fails waits at the front until a task has mended the cause."""
 
     def __init__(self, link: Link, key: str, restore: Callable[[Channel], Awaitable[object]]) -> None:
         self._link, self._key, self._restore = link, key, restore
+        self._loop = asyncio.get_running_loop()
         self._queue: deque[Op] = deque()
-        self._wake = asyncio.Event()
+        self._sent: list[list[Op]] = []  # scripts under way
+        self._back: list[Op] = []  # to be sent again, in order
+        self._wire: Wire | None = None
+        self._due = False
+        self._unknown = False  # the server does not know the script
+        self._pause = 0.0
+        self._mending: asyncio.Task[None] | None = None
         self._idle = asyncio.Event()
         self._idle.set()
-        self.listeners: set[Callable[[str | None], None]] = set()
         self._troubled = False
-        self._channels: dict[int, tuple[Channel, tuple[object, ...]]] = {}
-        self._task = asyncio.get_running_loop().create_task(self._run(), name="redis pump")
+        self._packer = Packer()
+        self.listeners: set[Callable[[str | None], None]] = set()
 
     def add(self, op: Op) -> None:
         self._queue.append(op)
-        self._idle.clear()
-        self._wake.set()
+        if not self._due:
+            self._due = True
+            self._idle.clear()
+            self._loop.call_soon(self._turn)
 
     async def flush(self, patience: float) -> None:
         """Returns when all is sent, or after `patience` seconds."""
@@ -93,77 +110,144 @@ class Pump:
 
     async def close(self, patience: float) -> None:
         await self.flush(patience)
-        self._task.cancel()
-        await asyncio.wait([self._task])
-        while self._queue:
-            self._queue.popleft().end("CLOSED")
+        if self._mending is not None:
+            self._mending.cancel()
+            await asyncio.wait([self._mending])
+        for op in [*(op for batch in self._sent for op in batch), *self._back, *self._queue]:
+            op.end("CLOSED")
+        self._queue.clear()
+        self._back.clear()
 
-    async def _run(self) -> None:
-        pause = 0.05
-        while True:
-            if not self._queue:
-                self._idle.set()
-                self._wake.clear()
-                await self._wake.wait()
-            batch = self._cut()
-            try:
-                waiting = await self._send(batch)
-            except asyncio.CancelledError:
-                self._queue.extendleft(reversed(batch))
-                raise
-            except Exception as error:  # a mistake of ours must not stop everything that is sent from here
-                _log.exception("a batch of %d could not be sent", len(batch))
-                waiting = []
-                for op in batch:
-                    op.end(f"{type(error).__name__}: {error}")
-            self._queue.extendleft(reversed(waiting))
-            if waiting:
-                await asyncio.sleep(pause)
-            pause = min(1.0, 2 * pause) if waiting else 0.05
+    def _turn(self) -> None:
+        self._due = False
+        if self._mending is not None or not self._queue:
+            return
+        if self._wire is None or self._wire.closed:
+            self._mend()
+            return
+        while self._queue and (not self._sent or (len(self._sent) == 1 and len(self._queue) >= _WORTH)):
+            self._send(self._wire, self._cut())
 
     def _cut(self) -> list[Op]:
         batch, size = [self._queue.popleft()], 0
         while self._queue and len(batch) < _BATCH and size < _BATCH_BYTES:
-            batch.append(self._queue.popleft())
-            size += batch[-1].size
+            if batch[-1].alone or self._queue[0].alone:
+                break
+            op = self._queue.popleft()
+            batch.append(op)
+            for message in op.outputs:
+                size += len(message.body)
         return batch
 
-    async def _send(self, batch: list[Op]) -> list[Op]:
-        """Sends a batch; returns what has to be sent again."""
+    def _send(self, wire: Wire, batch: list[Op]) -> None:
         try:
-            answers = await self._link.commit(batch_key(batch, self._key), self._pack(batch))
-        except ERRORS as error:
+            ops, args = self._packer.pack(batch)
+            answer = wire.send(("EVALSHA", digest(scripts.COMMIT), 1, batch_key(batch, self._key), *args))
+        except Exception as error:  # a mistake of ours must not stop everything that is sent from here
+            _log.exception("a batch of %d could not be sent", len(batch))
             for op in batch:
-                op.again = True  # what came before the one at fault has happened
-            if passing(error):
-                self._say(str(self._link.explain(error)))
-                return batch
-            if len(batch) > 1:  # one of them is at fault: find out which
-                return [op for one in batch for op in await self._send([one])]
-            answers = [str(error).encode()]
-        waiting = []
-        for op, answer in zip(batch, answers, strict=True):
-            word = "" if answer == 1 else answer.decode("utf-8", "replace").lstrip("-")
-            if passing(word) or (word.startswith("OOM") and op.outputs is None):
-                self._say(f"{self._link.address}: {word}")
-                waiting.append(op)
-            elif word == "MISSING" and not op.healed and await self._heal(op):
-                op.healed = True
-                waiting.append(op)
-            else:
-                op.end(word)
-        if not waiting:
-            self._say(None)
-        return waiting
+                op.end(f"{type(error).__name__}: {error}")
+            return
+        self._sent.append(ops)
+        answer.add_done_callback(lambda answer: self._answered(ops, answer))
 
-    async def _heal(self, op: Op) -> bool:
+    def _answered(self, batch: list[Op], answer: asyncio.Future[list[Any]]) -> None:
+        self._sent.remove(batch)
+        error = answer.exception()
+        found = [] if error is not None else answer.result()[0]
+        if error is None and isinstance(found, ResponseError):
+            error, found = found, []
+        if error is not None:
+            self._failed(batch, error)
+        elif found:
+            words = dict(zip(found[::2], found[1::2], strict=True))
+            for number, op in enumerate(batch, 1):
+                self._judge(op, words.get(number, b"").decode("utf-8", "replace").lstrip("-"))
+        else:
+            for op in batch:
+                op.end("")
+        if self._back:
+            self._mend()
+            return
+        self._pause = 0.0
+        if self._troubled:
+            self._say(None)
+        if self._queue:
+            self._turn()
+        if not self._sent and not self._queue and self._mending is None:
+            self._idle.set()
+
+    def _failed(self, batch: list[Op], error: BaseException) -> None:
+        """The script as a whole failed; what came before the act at fault may have happened."""
+        word = str(error)
+        if word.startswith("NOSCRIPT"):
+            self._unknown = True
+            self._back += batch
+            return
+        for op in batch:
+            op.again = True
+        if passing(error):
+            self._link.doubt(error)
+            self._say(str(self._link.explain(error)))
+            self._back += batch
+        elif len(batch) > 1:  # one of them is at fault: find out which
+            for op in batch:
+                op.alone = True
+            self._back += batch
+        else:
+            self._judge(batch[0], word)
+
+    def _judge(self, op: Op, word: str) -> None:
+        if not word:
+            op.end("")
+        elif passing(word) or _obstructed(op, word):
+            self._say(f"{self._link.address} refused: {word}")
+            self._back.append(op)
+        elif word == "MISSING" and not op.healed and not any(message.channel.external for message in op.outputs):
+            self._back.append(op)
+            op.healed = True
+        else:
+            op.end(word)
+
+    def _mend(self) -> None:
+        if self._mending is None:
+            self._mending = self._loop.create_task(self._mend_on(), name="redis pump")
+
+    async def _mend_on(self) -> None:
+        """Until the server can be asked again: connects, loads the script, makes deleted streams anew."""
         try:
-            for message in op.outputs or ():
-                if message.channel.external:
-                    return False
-                await self._restore(message.channel)
-        except OrchestratorError:
-            return False  # the op is refused with the word that it has
+            while not await self._mended():
+                pass
+        except Exception as error:  # a mistake of ours: it must be seen, and sending must go on
+            _log.exception("sending could not be mended")
+            self._say(f"{type(error).__name__}: {error}")
+            await asyncio.sleep(1.0)
+        finally:
+            self._mending = None
+        self._queue.extendleft(reversed(self._back))
+        self._back.clear()
+        self._turn()
+
+    async def _mended(self) -> bool:
+        await asyncio.sleep(self._pause)
+        if self._sent:
+            self._pause = self._pause or 0.01
+            return False  # what is under way may fail too, and its place is behind what has failed
+        self._pause = min(1.0, 2 * self._pause or 0.05)
+        try:
+            self._wire = await self._link.at(self._key)
+            if self._unknown:
+                await self._wire.ask("SCRIPT", "LOAD", scripts.COMMIT)
+                self._unknown, self._pause = False, 0.0
+        except ERRORS as error:
+            self._link.doubt(error)
+            self._say(str(self._link.explain(error)))
+            return False
+        for op in self._back:
+            if op.healed:
+                with contextlib.suppress(OrchestratorError):  # it is refused with the word that it gets again
+                    for message in op.outputs:
+                        await self._restore(message.channel)
         return True
 
     def _say(self, reason: str | None) -> None:
@@ -172,42 +256,94 @@ class Pump:
             for listener in list(self.listeners):
                 listener(reason)
 
-    def _pack(self, batch: list[Op]) -> list[object]:
-        channels: dict[int, int] = {}
-        sources: dict[int, int] = {}
-        heads: list[object] = []
-        froms: list[object] = []
-        body: list[object] = []
+
+def _obstructed(op: Op, word: str) -> bool:
+    """Whether memory or rights are lacking without which nothing can be settled: the operator's to mend. Outputs that
+    find no room are their handler's failure."""
+    if op.source is None:
+        return False
+    if op.outputs:
+        return word.startswith(("NOPERM", "NOAUTH"))
+    return word.startswith(("OOM", "NOPERM", "NOAUTH")) or "can't run this command" in word
+
+
+class Packer:
+    """Arranges acts for the COMMIT script: what they have in common is said once."""
+
+    def __init__(self) -> None:
+        self._channels: dict[int, tuple[Channel, tuple[object, ...]]] = {}
+
+    def pack(self, batch: list[Op]) -> tuple[list[Op], list[object]]:
+        """The acts in the order of their numbers, and the script's arguments."""
+        self._heads: list[object] = []
+        self._shapes: list[object] = []
+        self._numbers: dict[object, int] = {}
+        self._counts = [0, 0]
+        sources: dict[Source, list[Any]] = {}  # number; first and last entry to be settled, and how many
+        acks: dict[Source, list[Op]] = {}
+        others: list[Op] = []
         for op in batch:
             source = op.source
-            index = 0
-            if source is not None:
-                index = sources.get(id(source), 0)
-                if not index:
-                    index = sources[id(source)] = len(sources) + 1
-                    froms += source.args
-            body.append(op.act)
-            body.append(index)
-            body += op.args
-            if op.outputs is None:
+            if source is None:
+                others.append(op)
                 continue
-            body.append(len(op.outputs))
-            for message in op.outputs:
-                channel = message.channel
-                number = channels.get(id(channel), 0)
-                if not number:
-                    number = channels[id(channel)] = len(channels) + 1
-                    heads += self._head(channel)
-                found = fields(message)
-                body += (number, message.message_id, int(message.delay * 1000), len(message.body) + 100, len(found))
-                body += found
-        return [len(channels), *heads, len(sources), *froms, len(batch), *body]
+            known = sources.get(source)
+            if known is None:
+                known = sources[source] = [len(sources) + 1, b"", b"", 0]
+                acks[source] = []
+            (acks[source] if op.act == "ack" else others).append(op)
+            if op.act in _SETTLING:
+                entry = op.args[0]
+                known[1] = known[1] or entry
+                known[2] = entry
+                known[3] += 1
+        body: list[object] = []
+        ops, acts = list[Op](), len(others)
+        for source, some in acks.items():
+            if some:
+                acts += 1
+                ops += some
+                body += ("ack", sources[source][0], len(some))
+                body += [op.args[0] for op in some]
+        for op in others:
+            body += (op.act, 0 if op.source is None else sources[op.source][0])
+            body += op.args
+            if op.act in _WRITING:
+                self._outputs(op.outputs, body)
+        froms: list[object] = [len(sources)]
+        for source, (_, first, last, count) in sources.items():
+            froms += source.args
+            froms += (first, last, 2 * count + 16 if count else 0)
+        channels, shapes = self._counts
+        return ops + others, [channels, *self._heads, shapes, *self._shapes, *froms, acts, *body]
 
-    def _head(self, channel: Channel) -> tuple[object, ...]:
-        known = self._channels.get(id(channel))
-        if known is None:
-            known = self._channels[id(channel)] = (channel, channel_args(channel))
-        return known[1]
+    def _outputs(self, outputs: Sequence[Outgoing], body: list[object]) -> None:
+        body.append(len(outputs))
+        for message in outputs:
+            headers = headers_of(message)
+            plain = message.message_id == message.event_id and not message.delay
+            shape = (id(message.channel), plain, *headers)
+            body.append(self._numbers.get(shape) or self._shape(shape, message.channel, plain, headers))
+            if not plain:
+                body += (message.message_id, int(message.delay * 1000))
+            body += (
+                message.event_id, message.event_type, message.source_agent, message.correlation_id, message.body,
+                *headers.values(),
+            )  # fmt: skip
+
+    def _shape(self, shape: object, channel: Channel, plain: bool, headers: Mapping[str, str]) -> int:
+        number = self._numbers.get(id(channel))
+        if number is None:
+            known = self._channels.get(id(channel))
+            if known is None:
+                known = self._channels[id(channel)] = (channel, channel_args(channel))
+            self._heads += known[1]
+            self._counts[0] += 1
+            number = self._numbers[id(channel)] = self._counts[0]
+        self._counts[1] += 1
+        self._shapes += (number, int(plain), len(FIELDS) + len(headers), *FIELDS, *headers)
+        self._numbers[shape] = self._counts[1]
+        return self._counts[1]
 
 
 def batch_key(batch: list[Op], default: str) -> str:
@@ -329,7 +465,7 @@ class Replies:
 
     async def _read(self) -> None:
         last, extended = b"0-0", 0.0
-        client: Any = await self._link.fresh(self.address)
+        wire: Wire | None = None
         loop = asyncio.get_running_loop()
         try:
             while True:
@@ -339,9 +475,9 @@ class Replies:
                         await self._link.call(self.address, "XTRIM", self.address, "MINID", "~", last)
                         extended = loop.time()
                     with self._link.translated():
-                        found = await client.execute_command(
-                            "XREAD", "COUNT", 256, "BLOCK", 1000, "STREAMS", self.address, last
-                        )
+                        if wire is None or wire.closed:
+                            wire = await self._link.fresh(self.address)
+                        found = await wire.ask("XREAD", "COUNT", 256, "BLOCK", 1000, "STREAMS", self.address, last)
                 except BrokerError:  # the requests that wait time out; the inbox itself comes back
                     extended = 0.0
                     await asyncio.sleep(0.2)
@@ -354,7 +490,8 @@ class Replies:
                     except Exception:  # one reply that cannot be read must not cost all others theirs
                         _log.exception("the reply %s could not be taken", entry_id)
         finally:
-            await client.aclose()
+            if wire is not None:
+                wire.close()
 
     async def close(self) -> None:
         if self._task is not None:

@@ -16,12 +16,6 @@ Times are milliseconds of the server's clock. A script answers with words for wh
 
 from __future__ import annotations
 
-from functools import cache
-from hashlib import sha1
-from typing import Any
-
-from redis.exceptions import NoScriptError
-
 PRELUDE = """
 local clock = redis.call('TIME')
 local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
@@ -92,16 +86,33 @@ local function flush_later(stream, base)
 end
 """
 
-#: Publish, settle, give back, mark: many at once, in the order given. Answers 1 or a word for each.
+#: Publish, settle, give back, mark: many at once. Answers {number of the act, word, ...} for those that were not done.
 COMMIT = (
     PRELUDE
     + """
-local channels, sources, answers = {}, {}, {}
+local channels, shapes, sources, answers, number_of = {}, {}, {}, {}, 0
 for i = 1, num() do
-  channels[i] = {stream = arg(), base = arg(), window = num(), events = num(), bytes = num(), age = num(),
-                 queue = arg() == '1', reject = arg() == '1'}
+  local c = {stream = arg(), base = arg(), window = arg(), events = num(), bytes = num(), age = num(),
+             queue = arg() == '1', reject = arg() == '1'}
+  c.dedup, c.ids, c.bounded = c.window ~= '0', c.base .. ':id:', c.events > 0 or c.bytes > 0
+  channels[i] = c
 end
-for i = 1, num() do sources[i] = source() end
+for i = 1, num() do -- outputs with the same fields on the same channel; event_id and payload are the 1st and 5th field
+  local shape = {c = channels[num()], plain = arg() == '1', n = num()}
+  shape.add = {'XADD', shape.c.stream, '*'}
+  for f = 1, shape.n do shape.add[2 * f + 2] = arg() end
+  shapes[i] = shape
+end
+for i = 1, num() do -- who holds what most of the batch settles is asked for once
+  local s = source()
+  s.mine, s.settled, s.forgotten = {}, {}, {}
+  local first, last, most = arg(), arg(), arg()
+  local held = most ~= '0' and redis.pcall('XPENDING', s.stream, s.group, first, last, most, s.me)
+  if held and not failed(held) then
+    for _, p in ipairs(held) do s.mine[p[1]] = true end
+  end
+  sources[i] = s
+end
 
 local function look(c)
   local kind = redis.call('TYPE', c.stream).ok
@@ -110,6 +121,7 @@ local function look(c)
   if kind ~= 'stream' then c.wrong = 'WRONGTYPE ' .. c.stream .. ' is a ' .. kind .. ', not a stream' return end
   flush_later(c.stream, c.base)
   trim_old(c.stream, c.base, c.age, c.queue)
+  if not c.bounded then return end
   c.len = redis.call('XLEN', c.stream)
   if c.bytes > 0 and c.len > 0 then
     c.used = redis.call('MEMORY', 'USAGE', c.stream, 'SAMPLES', 10)
@@ -131,56 +143,61 @@ local function handled(c, wanted)
   local last = oldest[#oldest]
   return #oldest == wanted and (before(last[1], safe.id) or (last[1] == safe.id and not safe.open))
 end
--- makes room for one more; an error text when there is none
-local function refuse(c, size)
-  if not c.len then look(c) end
-  if c.wrong then return c.wrong end
-  local over = 0
-  if c.events > 0 then over = c.len + 1 - c.events end
+-- how many entries have to go for one more; or why it is refused
+local function excess(c, size)
+  if c.wrong then return 0, c.wrong end
+  if not c.bounded then return 0 end
+  local n = 0
+  if c.events > 0 then n = c.len + 1 - c.events end
   if c.bytes > 0 and c.used + size > c.bytes then
-    if size > c.bytes then return 'LARGE ' .. c.bytes end
-    over = math.max(over, math.min(c.len, math.ceil((c.used + size - c.bytes) / math.max(c.each, 1))))
+    if size > c.bytes then return 0, 'LARGE ' .. c.bytes end
+    n = math.max(n, math.min(c.len, math.ceil((c.used + size - c.bytes) / math.max(c.each, 1))))
   end
-  if over <= 0 then return end
-  if c.reject and (c.queue or not handled(c, over)) then return 'FULL' end
-  local n = trim_to(c.stream, c.base, 'MAXLEN', c.len - over, c.queue)
-  c.len, c.used = c.len - n, c.used - n * c.each
+  if n > 0 and c.reject and (c.queue or not handled(c, n)) then return 0, 'FULL' end
+  return n
 end
-local function dedup_key(o) return o.c.window > 0 and o.c.base .. ':id:' .. o.id end
-local function put(o, undo)
-  local c, id = o.c, dedup_key(o)
-  if id then
-    local fresh = redis.pcall('SET', id, '1', 'NX', 'PX', c.window)
+local function put(o)
+  local c, add, last = o.c, o.shape.add, 3 + 2 * o.shape.n
+  if c.dedup then
+    local fresh = redis.pcall('SET', o.id, '1', 'NX', 'PX', c.window)
     if failed(fresh) then return fresh.err end
     if not fresh then return end
-    undo[#undo + 1] = {'DEL', id}
+    o.known = true
   end
-  local why = refuse(c, o.size)
+  local n, why = excess(c, o.size)
   if why then return why end
-  if o.delay > 0 then
-    local packed = cmsgpack.pack({o.id, o.fields})
-    local r = redis.pcall('ZADD', c.base .. ':later', now + o.delay, packed)
-    if failed(r) then return r.err end
-    undo[#undo + 1] = {'ZREM', c.base .. ':later', packed}
-  else
-    local r = redis.pcall('XADD', c.stream, '*', unpack(o.fields))
-    if failed(r) then return r.err end
-    undo[#undo + 1] = {'XDEL', c.stream, r}
+  if n > 0 then
+    n = trim_to(c.stream, c.base, 'MAXLEN', c.len - n, c.queue)
+    c.len, c.used = c.len - n, c.used - n * c.each
   end
-  c.len = c.len + 1
-  c.used = c.used + o.size
+  for f = 1, o.shape.n do add[2 * f + 3] = ARGV[o.at + f] end
+  local r
+  if o.delay > 0 then
+    o.later = cmsgpack.pack({o.id, {unpack(add, 4, last)}})
+    r = redis.pcall('ZADD', c.base .. ':later', now + o.delay, o.later)
+  else
+    r = redis.pcall(unpack(add, 1, last))
+  end
+  if failed(r) then return r.err end
+  o.added = r
+  c.len, c.used = c.len + 1, c.used + o.size
 end
 local function put_all(outs)
   for _, o in ipairs(outs) do -- looked at before anything is written
-    local why, id = refuse(o.c, o.size), dedup_key(o)
-    if why and not (id and redis.call('EXISTS', id) == 1) then return why end
+    if not o.c.len then look(o.c) end
+    local _, why = excess(o.c, o.size)
+    if why and not (o.c.dedup and redis.call('EXISTS', o.id) == 1) then return why end
   end
-  local undo = {}
-  for _, o in ipairs(outs) do
-    local ok, why = pcall(put, o, undo) -- no error may leave an id behind whose event was not published
+  for i, o in ipairs(outs) do
+    local ok, why = pcall(put, o) -- no error may leave an id behind whose event was not published
     if not ok then why = failed(why) or tostring(why) end
     if why then
-      for i = #undo, 1, -1 do redis.call(unpack(undo[i])) end
+      for k = i, 1, -1 do
+        local u = outs[k]
+        if u.later then redis.call('ZREM', u.c.base .. ':later', u.later)
+        elseif u.added then redis.call('XDEL', u.c.stream, u.added) end
+        if u.known then redis.call('DEL', u.id) end
+      end
       return why
     end
   end
@@ -188,39 +205,30 @@ end
 local function outputs()
   local outs = {}
   for i = 1, num() do
-    local o = {c = channels[num()], id = arg(), delay = num(), size = num(), fields = {}}
-    local n = num()
-    for f = 1, n do o.fields[f] = arg() end
-    outs[i] = o
+    local shape, id, delay = shapes[num()], nil, 0
+    if not shape.plain then id, delay = arg(), num() end
+    outs[i] = {c = shape.c, shape = shape, delay = delay, at = at, size = #ARGV[at + 5] + 100,
+               id = shape.c.ids .. (id or ARGV[at + 1])}
+    at = at + shape.n
   end
   return outs
 end
-
-local acts = {}
-function acts.publish()
-  return put_all(outputs())
-end
-function acts.settle(s, id)
-  local force, forget, outs = arg() == '1', arg() == '1', outputs()
-  local who, _, err = holder(s, id)
-  if not force then
-    if err then return err end
-    if who == '' then return 'GONE' end
-    if who ~= s.me then return 'TAKEN' end
-  end
-  local why = put_all(outs)
-  if why then return why end
-  if err then return end
-  redis.call('XACK', s.stream, s.group, id)
-  if s.queue then redis.call('XDEL', s.stream, id) end
-  if forget then redis.call('HDEL', key(s, 'history'), id) end
-end
-function acts.back(s, id)
-  local owner, history, delay, count = arg(), arg(), num(), arg()
+-- why an entry is not `owner`'s, and how often it was handed out
+local function foreign(s, id, owner)
   local who, had, err = holder(s, id)
-  if err then return err end
-  if who == '' then return 'GONE' end
-  if who ~= owner then return 'TAKEN' end
+  return err or (who == '' and 'GONE') or (who ~= owner and 'TAKEN') or nil, had
+end
+local function settle(s, id, outs, force, forget)
+  local why = not s.mine[id] and foreign(s, id, s.me)
+  if why and not force then return why end
+  local refused = outs and put_all(outs)
+  if refused or why then return refused end
+  s.settled[#s.settled + 1] = id
+  if forget then s.forgotten[#s.forgotten + 1] = id end
+end
+local function back(s, id, owner, history, delay, count)
+  local why, had = foreign(s, id, owner)
+  if why then return why end
   local r = history ~= '' and redis.pcall('HSET', key(s, 'history'), id, history)
   if failed(r) then return r.err end
   r = redis.pcall('ZADD', key(s, 'due'), now + delay, id)
@@ -232,35 +240,45 @@ function acts.back(s, id)
   redis.call('HDEL', key(s, 'history'), id)
   return 'DELETED'
 end
-function acts.mark(s, id)
-  local history = arg()
-  local who, _, err = holder(s, id)
-  if err then return err end
-  if who == '' then return 'GONE' end
-  if who ~= s.me then return 'TAKEN' end
-  local r = redis.pcall('HSET', key(s, 'history'), id, history)
-  return failed(r)
+local function mark(s, id, history)
+  local why = foreign(s, id, s.me)
+  if why then return why end
+  return failed(redis.pcall('HSET', key(s, 'history'), id, history))
+end
+local function try(act, ...)
+  number_of = number_of + 1
+  local ok, why = pcall(act, ...) -- what came before has happened, and is not done again
+  if not ok then why = failed(why) or tostring(why) end
+  if why then
+    answers[#answers + 1] = number_of
+    answers[#answers + 1] = why
+  end
 end
 for i = 1, num() do
   local act, s = arg(), sources[num()]
-  answers[i] = acts[act](s, s and arg()) or 1
+  if act == 'ack' then
+    for k = 1, num() do try(settle, s, arg()) end
+  elseif act == 'publish' then
+    try(put_all, outputs())
+  else
+    local id = arg()
+    if act == 'settle' then
+      local force, forget = arg() == '1', arg() == '1'
+      try(settle, s, id, outputs(), force, forget)
+    elseif act == 'back' then
+      try(back, s, id, arg(), arg(), num(), arg())
+    else
+      try(mark, s, id, arg())
+    end
+  end
+end
+for _, s in ipairs(sources) do -- last, and in one go
+  if #s.settled > 0 then
+    redis.call('XACK', s.stream, s.group, unpack(s.settled))
+    if s.queue then redis.call('XDEL', s.stream, unpack(s.settled)) end
+  end
+  if #s.forgotten > 0 then redis.call('HDEL', key(s, 'history'), unpack(s.forgotten)) end
 end
 return answers
 """
 )
-
-COMMIT_DIGEST = sha1(COMMIT.encode(), usedforsecurity=False).hexdigest()
-
-
-@cache
-def _digest(script: str) -> str:
-    return sha1(script.encode(), usedforsecurity=False).hexdigest()
-
-
-async def run(client: Any, script: str, keys: list[str], args: list[object]) -> Any:
-    """Runs a script, sending its text only to a server that does not know it. Raises the library's errors."""
-    digest = _digest(script)
-    try:
-        return await client.execute_command("EVALSHA", digest, len(keys), *keys, *args)
-    except NoScriptError:
-        return await client.execute_command("EVAL", script, len(keys), *keys, *args)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from orchestrator.brokers.base import Delivery, Done, History, Outgoing, Sink
 from orchestrator.brokers.redis import reading_scripts as scripts
-from orchestrator.brokers.redis.entries import check
+from orchestrator.brokers.redis.entries import check, parse
 from orchestrator.brokers.redis.producer import Op, Pump, Source, is_queue, refusal
 from orchestrator.errors import BrokerError, BrokerUnavailable, PublishRejected
 from orchestrator.topology.model import Channel, Subscription
@@ -26,10 +26,22 @@ _log = logging.getLogger(__name__)
 class RedisDelivery(Delivery):
     __slots__ = ("entry", "kept", "orphan", "source")
 
-    source: int  # 0 the stream, 1 the inbox
-    entry: bytes
-    kept: bool  # a history is stored
-    orphan: bool  # the stream was deleted under it: nothing is left to settle
+    def __init__(
+        self, source: int, stream: str, channel: str, me: str, entry: bytes, flat: Sequence[bytes], history: History
+    ) -> None:
+        """Sets the border's fields itself: one is made for each event."""
+        place = entry.decode()
+        self.body, self.headers, self.event_type = parse(flat)
+        self.channel = channel
+        self.position = f"{stream}:{place}"
+        self.token = f"{source} {place} {me}".encode()
+        self.time = int(place.partition("-")[0]) / 1000
+        self.redelivered = False
+        self.history = history
+        self.source = source  # 0 the stream, 1 the inbox
+        self.entry = entry
+        self.kept = False  # a history is stored
+        self.orphan = False  # the stream was deleted under it: nothing is left to settle
 
 
 class Holdings:
@@ -67,26 +79,32 @@ class Holdings:
         except PublishRejected as error:
             done(error)
             return
-        slot = self._link.slot(self._channel.address)
-        away = [message for message in outputs if self._link.slot(message.channel.address) != slot]
-        if away:  # another slot of a cluster: published with their ids first, settled when all are confirmed
-            near = [message for message in outputs if message not in away]
-            self._settle_after(mine, away, near, done)
+        slot = self._link.slot
+        here = slot(self._channel.address) if self._link.cluster else 0
+        if self._link.cluster and (away := [one for one in outputs if slot(one.channel.address) != here]):
+            # published with their ids first, settled when all are confirmed
+            self._settle_after(mine, away, [one for one in outputs if one not in away], done)
         else:
             self._settle(mine, outputs, done)
 
     def _settle(self, mine: RedisDelivery, outputs: Sequence[Outgoing], done: Done) -> None:
-        def finish(op: Op, word: str) -> None:
-            if word == "" or (word == "GONE" and op.again):
-                self._end(mine, done)
-            elif word == "GONE" or word.startswith("NOGROUP"):
-                self.beside(self._doubt(mine, lambda: self._settle(mine, outputs, done), done))
-            elif word == "TAKEN":
-                self._revoke(mine, done)
-            else:
-                done(refusal(word, f"an output of {mine.position}"))
+        source = self.sources[mine.source]
+        if outputs or mine.orphan or mine.kept:
+            args = (mine.entry, int(mine.orphan), int(mine.kept))
+            self.pump.add(Op("settle", self._settled, source, args, outputs, mine, done))
+        else:
+            self.pump.add(Op("ack", self._settled, source, (mine.entry,), (), mine, done))
 
-        self._add("settle", mine, finish, (mine.entry, int(mine.orphan), int(mine.kept)), outputs)
+    def _settled(self, op: Op, word: str) -> None:
+        mine, done = op.mine, cast(Done, op.done)
+        if word == "" or (word == "GONE" and op.again):
+            self._end(mine, done)
+        elif word == "GONE" or word.startswith("NOGROUP"):
+            self.beside(self._doubt(mine, lambda: self._settle(mine, op.outputs, done), done))
+        elif word == "TAKEN":
+            self._revoke(mine, done)
+        else:
+            done(refusal(word, f"an output of {mine.position}"))
 
     def _settle_after(self, mine: RedisDelivery, away: list[Outgoing], near: list[Outgoing], done: Done) -> None:
         producer, errors, open_ = self._connection.producer(), list[BaseException](), len(away)
@@ -133,7 +151,8 @@ class Holdings:
                 done(refusal(word, f"giving back {mine.position}"))
 
         text = b"" if history is None else history.encode()
-        self._add("back", mine, finish, (mine.entry, self.me, text, int(delay * 1000), count))
+        args = (mine.entry, self.me, text, int(delay * 1000), count)
+        self.pump.add(Op("back", finish, self.sources[mine.source], args))
 
     def mark(self, delivery: Delivery, history: History, done: Done) -> None:
         mine = cast(RedisDelivery, delivery)
@@ -154,7 +173,7 @@ class Holdings:
         if mine.orphan:
             done(None)
         else:
-            self._add("mark", mine, finish, (mine.entry, history.encode()))
+            self.pump.add(Op("mark", finish, self.sources[mine.source], (mine.entry, history.encode())))
 
     def unstarted(self, mine: RedisDelivery) -> None:
         """Gives back what was never started, uncounted."""
@@ -162,7 +181,7 @@ class Holdings:
 
     def skip(self, mine: RedisDelivery) -> None:
         """Settles what this group does not read, and leaves it in the stream."""
-        self._add("settle", mine, self._ignore, (mine.entry, 0, int(mine.kept)), (), self._passing)
+        self.pump.add(Op("settle", self._ignore, self._passing, (mine.entry, 0, int(mine.kept))))
 
     def told(self, error: BaseException | None) -> None:
         """The outcome of what nobody waits for. A failure leaves the entry under our name; adopt() finds it."""
@@ -181,17 +200,6 @@ class Holdings:
         if self.live.pop((mine.source, mine.entry), None) is not None:
             self.sink.revoked([mine])
         done(BrokerUnavailable(f"{mine.position} was taken over by another worker", hint="it is handled there"))
-
-    def _add(
-        self,
-        act: str,
-        mine: RedisDelivery,
-        finish: Callable[[Op, str], None],
-        args: Sequence[object],
-        outputs: Sequence[Outgoing] | None = None,
-        source: Source | None = None,
-    ) -> None:
-        self.pump.add(Op(act, finish, source or self.sources[mine.source], args, outputs))
 
     # --- healing ----------------------------------------------------------------------------------------------
 
