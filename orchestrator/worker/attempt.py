@@ -61,6 +61,11 @@ class Stop(IntEnum):
     REVOKED = 3
 
 
+# Looking a member up in its enum takes longer than all else that is done with it.
+_RUNNING, _SETTLING, _ENDED = Stage.RUNNING, Stage.SETTLING, Stage.ENDED
+_RETURNED = State.RETURNED.value
+
+
 class Attempt:
     """What is the same for most attempts stands at the class: an attempt that has an easy life sets little."""
 
@@ -95,11 +100,11 @@ class Attempt:
         """It has to wait; should this process die meanwhile, its successor gives the event back at once."""
         self.runtime.journal.begin(self.slot, State.HELD, self.port.code, self.delivery.token)
 
-    def start(self, state: State) -> None:
+    def start(self, state: int) -> None:
         """Runs the handler, or ends at once when the event is not for it. The journal knows before anything else."""
         runtime, port, delivery = self.runtime, self.port, self.delivery
         runtime.journal.begin(self.slot, state, port.code, delivery.token)
-        self.stage = Stage.RUNNING
+        self.stage = _RUNNING
         try:
             self.event = event = port.read(delivery)
             wanted = port.wants(event, delivery)
@@ -134,7 +139,7 @@ class Attempt:
         except BaseException as error:  # sys.exit() in a handler is a failed attempt, not the worker's end
             self._raised(error)
         else:
-            if self.stage is Stage.RUNNING:
+            if self.stage is _RUNNING:
                 if self.stop_reason is None:
                     self._finish()
                 else:
@@ -142,7 +147,7 @@ class Attempt:
 
     def _raised(self, error: BaseException) -> None:
         """A CancelledError that nobody asked for came from inside the handler: a failure like any other."""
-        if self.stage is not Stage.RUNNING:
+        if self.stage is not _RUNNING:
             return  # given back while it would not stop
         if self.stop_reason is None or (
             self.stop_reason is Stop.TIMEOUT and not isinstance(error, asyncio.CancelledError)
@@ -189,7 +194,7 @@ class Attempt:
         event_id: str | None = None,
     ) -> Outgoing:
         """Validates and builds one output; any thread."""
-        if self.stage is not Stage.RUNNING:
+        if self.stage is not _RUNNING:
             raise OrchestratorError(
                 "this event has been settled: its context cannot publish any more",
                 hint="await everything that publishes before the handler returns",
@@ -230,7 +235,7 @@ class Attempt:
 
     def add(self, message: Outgoing) -> None:
         """Takes an output; it goes out at the end of this turn of the loop, or when there are many."""
-        if self.stage is not Stage.RUNNING:
+        if self.stage is not _RUNNING:
             return  # from a thread that outlived its handler
         if message.channel.broker != self.port.broker:
             self._foreign = True
@@ -244,7 +249,7 @@ class Attempt:
 
     def flush(self) -> None:
         """Sends what is held, unless the attempt has ended meanwhile and settles with it."""
-        if self.stage is Stage.RUNNING and self.outputs:
+        if self.stage is _RUNNING and self.outputs:
             held, self.outputs = self.outputs, []
             self._foreign = False
             self._send(held)
@@ -326,7 +331,7 @@ class Attempt:
 
     def settle(self, outputs: Sequence[Outgoing], refused: Callable[[BaseException], None] | None = None) -> None:
         """All `outputs` are on this broker. When one is not accepted `refused` is called, or else the attempt fails."""
-        if self.stage is Stage.RUNNING:
+        if self.stage is _RUNNING:
             self.has_returned()
         self.refused = refused
         try:
@@ -336,9 +341,9 @@ class Attempt:
 
     def has_returned(self) -> None:
         """From here on a crash is not the handler's."""
-        if self.stage is Stage.RUNNING:
-            self.runtime.journal.set(self.slot, State.RETURNED)
-        self.stage = Stage.SETTLING
+        if self.stage is _RUNNING:
+            self.runtime.journal.set(self.slot, _RETURNED)
+        self.stage = _SETTLING
         self.deadline = _FOREVER
 
     def settled(self, error: BaseException | None) -> None:
@@ -362,11 +367,11 @@ class Attempt:
 
     def abandon(self) -> None:
         """Whatever becomes of the handler now changes nothing: neither the event nor the journal."""
-        self.stage = Stage.ENDED
+        self.stage = _ENDED
         self.deadline = _FOREVER
 
     def end(self) -> None:
         """Leaves the slot."""
-        if self.stage is not Stage.ENDED:
-            self.stage = Stage.ENDED
+        if self.stage is not _ENDED:
+            self.stage = _ENDED
             self.runtime.slots.leave(self)

@@ -81,8 +81,9 @@ class Journal:
         os.replace(fresh, path)
         return journal
 
-    def begin(self, slot: int, state: State, subscription: int, token: bytes) -> None:
-        """The event with `token` starts in `slot`. Raises ValueError for a token of more than 400 bytes."""
+    def begin(self, slot: int, state: int, subscription: int, token: bytes) -> None:
+        """The event with `token` starts in `slot`; `state` is a State's value. Raises ValueError for more than
+        400 bytes of token."""
         size = len(token)
         if size > TOKEN:
             raise ValueError(f"a delivery's token has {size} bytes; {TOKEN} is the most")
@@ -90,7 +91,7 @@ class Journal:
         self._map[at + 1 : at + 7 + size] = _HEAD.pack(size, subscription) + token
         self._map[at] = state
 
-    def set(self, slot: int, state: State) -> None:
+    def set(self, slot: int, state: int) -> None:
         self._map[_HEADER.size + slot * _RECORD] = state
 
     def close(self) -> None:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from orchestrator.worker.port import Port
     from orchestrator.worker.runtime import Runtime
 
+_FREE, _STARTED = State.FREE.value, State.STARTED.value
 _GATHER = 0.001  # seconds to wait for more free slots
 
 
@@ -79,7 +80,7 @@ class Slots:
                 and self._alone is None
                 and len(attempts) - len(free) <= self._concurrency
             ):
-                attempt.start(State.STARTED)
+                attempt.start(_STARTED)
             else:
                 attempt.hold()
                 waiting.append(attempt)
@@ -108,9 +109,9 @@ class Slots:
                 self._run(attempt, decision)
 
     def _run(self, attempt: Attempt, decision: policy.Run) -> None:
-        state = State.STARTED
+        state = _STARTED
         if decision.alone:
-            state, self._alone = State.STARTED_ALONE, attempt
+            state, self._alone = State.STARTED_ALONE.value, attempt
             self.release_waiting()  # it may take as long as a timeout, or end this process
         if decision.mark is None:
             attempt.start(state)
@@ -139,7 +140,7 @@ class Slots:
 
     def leave(self, attempt: Attempt) -> None:
         """An attempt has ended."""
-        self._runtime.journal.set(attempt.slot, State.FREE)
+        self._runtime.journal.set(attempt.slot, _FREE)
         self.attempts[attempt.slot] = None
         self._free.append(attempt.slot)
         self.left.set()
