@@ -9,7 +9,7 @@ from typing import Any
 from orchestrator.topology import spec
 from orchestrator.topology.brokers import stand_in
 from orchestrator.topology.channels import Channels, derived
-from orchestrator.topology.diagnostics import Problems, listing, near
+from orchestrator.topology.diagnostics import Problems, listing
 from orchestrator.topology.document import Document
 from orchestrator.topology.model import (
     Agent,
@@ -23,6 +23,7 @@ from orchestrator.topology.model import (
     RetryPolicy,
     Subscription,
 )
+from orchestrator.topology.near import near, near_type
 from orchestrator.topology.nodes import Node
 from orchestrator.topology.routing import Index, intersection, minimal
 from orchestrator.topology.shape import Entry
@@ -340,7 +341,7 @@ class Agents:
             shared = [both for own in channel.events if (both := intersection(own, pattern))]
             if not shared and "events" not in self.document.channels[channel.name].dropped:
                 message = f"the channel `{channel.name}` does not take `{pattern}`"
-                self._once("unrouted", message, at, listing(channel.events), near(pattern, channel.events))
+                self._once("unrouted", message, at, listing(channel.events), near_type(pattern, channel.events))
             out += shared
         return out
 
@@ -358,7 +359,7 @@ class Agents:
             f"no channel takes `{pattern}`",
             at,
             f"a type that a channel lists in `events:` ({listing(every) or 'there is none'})",
-            near(pattern, every),
+            near_type(pattern, every),
         )
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from orchestrator.topology import spec
-from orchestrator.topology.diagnostics import Problems, near
+from orchestrator.topology.diagnostics import Problems
 from orchestrator.topology.model import Auth, Broker, Tls
+from orchestrator.topology.near import near
 from orchestrator.topology.nodes import Map, Scalar
 from orchestrator.topology.schemes import SCHEMES
 from orchestrator.topology.shape import Entry

@@ -9,9 +9,10 @@ from typing import Any
 
 from orchestrator.topology import spec
 from orchestrator.topology.brokers import EMBEDDED, resolve_broker, stand_in
-from orchestrator.topology.diagnostics import Problems, listing, near
+from orchestrator.topology.diagnostics import Problems, listing
 from orchestrator.topology.document import Document
 from orchestrator.topology.model import Broker, Channel, Mode, Overflow, Retention
+from orchestrator.topology.near import near
 from orchestrator.topology.nodes import List, Scalar
 from orchestrator.topology.routing import Index, concrete, covers, minimal
 from orchestrator.topology.schemas import Schemas

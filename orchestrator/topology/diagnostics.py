@@ -5,10 +5,8 @@ Steps report to a `Problems` and go on, so that one run names every mistake.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -16,7 +14,6 @@ from orchestrator.errors import OrchestratorError
 from orchestrator.topology.model import Mark
 
 _BOLD, _RED, _YELLOW, _CYAN, _OFF = "\x1b[1m", "\x1b[31m", "\x1b[33m", "\x1b[36m", "\x1b[0m"
-_MANY = 40  # names to compare a misspelt one with
 _WIDEST = 160  # a longer source line is shown as a window around its column
 
 
@@ -118,31 +115,6 @@ class Marked:
     def source_line(self) -> str:
         """The text of that line."""
         raise NotImplementedError
-
-
-def near(name: str, names: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """ "did you mean `x`?" for the closest of `names`, None when nothing is as close as `cutoff` (1 is equal)."""
-    return _closest(name, tuple(names), cutoff)
-
-
-@lru_cache(maxsize=256)  # a thousand agents that name the same missing channel ask once
-def _closest(name: str, names: tuple[str, ...], cutoff: float) -> str | None:
-    if len(names) > _MANY:  # comparing is slow: among many, only those that begin or end alike
-        ends = _ends(names)
-        names = tuple(dict.fromkeys((*ends.get(name[:3] + "…", ()), *ends.get("…" + name[-3:], ()))))[:_MANY]
-    lowered = {n.lower(): n for n in names}
-    same = [lowered[name.lower()]] if name.lower() in lowered else []
-    found = same or difflib.get_close_matches(name, names, n=1, cutoff=cutoff)
-    return f"did you mean `{found[0]}`?" if found else None
-
-
-@lru_cache(maxsize=16)
-def _ends(names: tuple[str, ...]) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
-    for name in names:
-        found.setdefault(name[:3] + "…", []).append(name)
-        found.setdefault("…" + name[-3:], []).append(name)
-    return {end: some[:_MANY] for end, some in found.items()}
 
 
 def listing(names: Iterable[str], most: int = 12) -> str:

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from orchestrator.topology import spec
-from orchestrator.topology.diagnostics import Problems, listing, near
+from orchestrator.topology.diagnostics import Problems, listing
+from orchestrator.topology.near import near
 from orchestrator.topology.nodes import Broken, Map, Node, Scalar, is_null
 from orchestrator.topology.shape import Entry, check, shown
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
-from orchestrator.topology.diagnostics import Problems, near
+from orchestrator.topology.diagnostics import Problems
+from orchestrator.topology.near import near
 from orchestrator.topology.nodes import Broken, List, Map, Node, Scalar, Source, is_null
 from orchestrator.topology.source import parse, read, text
 

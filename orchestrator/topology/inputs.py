@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from orchestrator.topology.diagnostics import Problems, listing, near
+from orchestrator.topology.diagnostics import Problems, listing
+from orchestrator.topology.near import near
 from orchestrator.topology.nodes import Broken, Map, Node, Scalar, Source, is_null, plain
 from orchestrator.topology.shape import shown
 from orchestrator.topology.source import parse, read

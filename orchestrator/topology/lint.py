@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from orchestrator.topology.diagnostics import Problems, near
+from orchestrator.topology.diagnostics import Problems
 from orchestrator.topology.document import Document
 from orchestrator.topology.model import Agent, Channel, Mode, Overflow, Subscription, Topology
+from orchestrator.topology.near import near
 from orchestrator.topology.nodes import Node
 from orchestrator.topology.routing import Index, concrete
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from orchestrator.errors import RoutingError
+from orchestrator.topology.near import near_type
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,9 +218,10 @@ class Topology:
         for channel in self.channels.values():
             if not channel.external and any(matches(p, event_type) for p in channel.events):
                 return channel
+        meant = near_type(event_type, [p for c in self.channels.values() if not c.external for p in c.events])
+        add = f"add it to a channel's `events:` ({', '.join(self.channels) or 'there is no channel yet'})"
         raise RoutingError(
-            f"no channel routes the event type {event_type!r}",
-            hint=f"add it to a channel's `events:` ({', '.join(self.channels) or 'there is no channel yet'})",
+            f"no channel routes the event type {event_type!r}", hint=f"{meant} else {add}" if meant else add
         )
 
     def revision(self) -> str:

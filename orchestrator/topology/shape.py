@@ -13,7 +13,8 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from orchestrator.topology import spec
-from orchestrator.topology.diagnostics import Problems, listing, near
+from orchestrator.topology.diagnostics import Problems, listing
+from orchestrator.topology.near import near
 from orchestrator.topology.nodes import Broken, List, Map, Node, Scalar, is_null, plain
 
 S = TypeVar("S", bound=spec.Spec)

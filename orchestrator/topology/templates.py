@@ -18,7 +18,8 @@ from jinja2.exceptions import SecurityError
 from jinja2.runtime import StrictUndefined, Undefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from orchestrator.topology.diagnostics import Problems, near
+from orchestrator.topology.diagnostics import Problems
+from orchestrator.topology.near import near
 from orchestrator.topology.nodes import Broken, List, Map, Node, Scalar, graft, plain, text_of
 from orchestrator.topology.source import MAX_DIGITS
 from orchestrator.topology.variables import FollowUp, InputError, Inputs

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from orchestrator.topology.diagnostics import near
+from orchestrator.topology.near import near
 from orchestrator.topology.nodes import Node, Scalar
 
 _MOST_BYTES = 1024 * 1024

@@ -63,9 +63,10 @@ def test_the_same_id_twice_takes_effect_once(applied: Folder) -> None:
         (["order.placed", "@nowhere.json"], "nowhere.json"),
         (["order.placed", '{"thing": 1}'], "item"),
         (["weather.changed", "{}"], "no channel routes the event type 'weather.changed'"),
+        (["ordr.placed", "{}"], "did you mean `order.placed`?"),
         (["order.placed\r\nX: y", '{"item": 1}'], "cannot be an event type"),
     ],
-    ids=["no JSON", "no object", "no file", "breaks its schema", "nothing routes it", "hostile type"],
+    ids=["no JSON", "no object", "no file", "breaks its schema", "nothing routes it", "misspelt", "hostile type"],
 )
 def test_a_wrong_publish_is_refused_and_publishes_nothing(applied: Folder, args: list[str], expected: str) -> None:
     said = applied.refused("publish", *args)

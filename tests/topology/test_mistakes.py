@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.topology import TopologyError, load, render
+from orchestrator.topology.near import near_type
 from tests.topology.say import CHANNELS, HEAD, errors, only
 
 FOLDER = Path(__file__).parent / "mistakes"
@@ -78,7 +79,7 @@ def test_a_mistake_has_no_follow_up(text: str, wanted: str) -> None:
         ("agents: {a: {external: true, description: 12}}", 'write it in quotes: "12"'),
         ("agents: {a: {external: true, config: {v: '{{ vras.x }}'}}}", "did you mean `vars`?"),
         ("variables: {topic: {default: 1}}\nagents: {a: {external: true, config: {v: '{{ topic }}'}}}", "did you mean `vars.topic`?"),
-        (CHANNELS + "agents: {a: {external: true, publish: [agent.x, agnt.x]}}", "did you mean `agent.*`?"),
+        (CHANNELS + "agents: {a: {external: true, publish: [agent.x, agnt.x]}}", "did you mean `agent.x`?"),
         ("channels: {c: {events: [agent.done]}}\nagents: {a: {external: true, publish: [agent.don]}}", "did you mean `agent.done`?"),
         ("channels: {c: {external: true, events: [o.x]}}\nagents: {a: {external: true, publish: [o.x]}}",
          "name the external channel: {events: [o.x], channel: c}"),
@@ -105,3 +106,22 @@ def test_colour_only_when_asked_for() -> None:
 if __name__ == "__main__":
     for file in FILES:
         file.with_suffix(".txt").write_text(said(file))
+
+
+@pytest.mark.parametrize(
+    ("said", "patterns", "meant"),
+    [
+        ("tsk.assigned", ["task.*"], "task.assigned"),
+        ("tasks.a.b", ["task.>", "news.*"], "task.a.b"),
+        ("order.eu.plcd", ["order.*.placed"], "order.eu.placed"),
+        ("Task.assigned", ["task.*"], "task.assigned"),
+        ("taskassigned", ["task.assigned"], "task.assigned"),
+        ("weather.assigned", ["task.*"], None),
+        ("weather.a.b", ["task.*"], None),
+        ("tsk.assigned", [*(f"other{n}.*" for n in range(2000)), "task.*"], "task.assigned"),
+    ],
+)
+def test_a_misspelt_type_is_compared_with_what_a_pattern_would_take(
+    said: str, patterns: list[str], meant: str | None
+) -> None:
+    assert near_type(said, patterns) == (meant and f"did you mean `{meant}`?")
