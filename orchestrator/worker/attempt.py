@@ -267,17 +267,18 @@ class Attempt:
             if not self._waiting:
                 self.deadline = loop.time() + self._left
 
-    async def request(self, event_type: str, payload: Payload | None, timeout: float, **options: Any) -> AgentEvent:
+    async def request(
+        self,
+        event_type: str,
+        payload: Payload | None,
+        timeout: float,
+        target_agent: str | None,
+        key: str | None,
+        metadata: Mapping[str, Any] | None,
+    ) -> AgentEvent:
         """Sends a request at once, under an id of its own: a rerun must not be swallowed by dedup."""
-        message = self.output(
-            event_type,
-            payload,
-            options.get("target_agent"),
-            options.get("key"),
-            options.get("metadata"),
-            options.get("delay", 0.0),
-            event_id=AgentEvent(event_type=event_type).event_id,
-        )
+        event_id = AgentEvent(event_type=event_type).event_id
+        message = self.output(event_type, payload, target_agent, key, metadata, 0.0, event_id)
         return await self.runtime.requests.call(message, timeout)
 
     def answer(self, payload: dict[str, Any]) -> None:

@@ -118,11 +118,18 @@ class Context(_EventContext):
         return message.event_id
 
     async def request(
-        self, type: str, payload: Payload | None = None, *, timeout: float = 30.0, **options: Any
+        self,
+        type: str,
+        payload: Payload | None = None,
+        *,
+        timeout: float = 30.0,
+        target_agent: str | None = None,
+        key: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
     ) -> AgentEvent:
         """Publishes at once and waits for the reply. Raises RequestTimeout after `timeout` seconds; a request that was
-        dead-lettered is answered with the payload {"error": ...}. `options` are those of publish."""
-        return await self._attempt.request(type, payload, timeout, **options)
+        dead-lettered is answered with the payload {"error": ...}. The rest is as for publish."""
+        return await self._attempt.request(type, payload, timeout, target_agent, key, metadata)
 
 
 class SyncContext(_EventContext):
@@ -150,10 +157,17 @@ class SyncContext(_EventContext):
         return message.event_id
 
     def request(
-        self, type: str, payload: Payload | None = None, *, timeout: float = 30.0, **options: Any
+        self,
+        type: str,
+        payload: Payload | None = None,
+        *,
+        timeout: float = 30.0,
+        target_agent: str | None = None,
+        key: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
     ) -> AgentEvent:
         """As Context.request."""
-        return self._wait(self._attempt.request(type, payload, timeout, **options))
+        return self._wait(self._attempt.request(type, payload, timeout, target_agent, key, metadata))
 
     def _wait(self, what: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(what, self._attempt.runtime.loop).result()

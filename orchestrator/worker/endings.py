@@ -181,6 +181,8 @@ class _Burial:
             self.go()
         elif self._announced:
             self._announced = False
+            told = f"agent.failed for {attempt.delivery.position} is left out, in case it was that which was refused"
+            attempt.runtime.reports.alarm(f"{told}: {error}")
             self.go()
         else:
             if limit is not None and self._limit is not None:

@@ -168,11 +168,14 @@ async def test_a_request_is_answered_with_the_result_or_with_the_error(tmp_path:
 
 async def test_a_handler_requests_from_another_agent(tmp_path: Path) -> None:
     async def ask(event: AgentEvent, ctx: Context) -> None:
-        reply = await ctx.request("news.q", {"verdict": "unsure"}, timeout=5)
+        with pytest.raises(TypeError, match="tmeout"):
+            await ctx.request("news.q", {"verdict": "unsure"}, tmeout=5)  # type: ignore[call-arg]
+        reply = await ctx.request("news.q", {"verdict": "unsure"}, timeout=5, metadata={"from": "reader"})
         await ctx.publish("news.got", {"verdict": "x", "answer": reply.payload["answer"]})
 
     async def answer(event: AgentEvent) -> dict[str, Any] | None:
-        return {"answer": 42} if event.event_type == "news.q" else None
+        asked = event.event_type == "news.q" and event.metadata["from"] == "reader"
+        return {"answer": 42} if asked else None
 
     async with trial(tmp_path, reader=ask, auditor=answer) as t:
         await t.publish("news.a", {"verdict": "reject"})
