@@ -69,7 +69,7 @@ def steps(
         if name in wanted:
             result += _agent(name, mine, wanted[name], left, gate_open)
         elif gate_open:
-            result += [Step("drain", name, r.slot, "the agent was removed") for r in mine if not r.leaving]
+            result += [Step("drain", name, r.slot, _cause(r, "the agent was removed")) for r in mine if not r.leaving]
     return tuple(result)
 
 
@@ -93,13 +93,18 @@ def _agent(name: str, mine: list[Running], want: Wanted, left: list[int], gate_o
     result += [Step("start", name, slot, cause) for slot in starts]
 
     if want.overlap and ready >= want.replicas and gate_open:
-        result += [Step("drain", name, r.slot, "replaced") for r in old]
+        result += [Step("drain", name, r.slot, _cause(r, "replaced")) for r in old]
     elif not want.overlap and gate_open and old and not leaving and not starts and ready == len(current):
-        result.append(Step("drain", name, old[0].slot, "makes room for its successor"))
+        result.append(Step("drain", name, old[0].slot, _cause(old[0], "makes room for its successor")))
 
     recover = set(left) - {r.slot for r in mine} - set(starts)
     result += [Step("recover", name, slot, "its journal was left behind") for slot in sorted(recover)]
     return result
+
+
+def _cause(leaves: Running, cause: str) -> str:
+    """Why it drains; one that an edit brought and that is taken back was never replaced by anything."""
+    return cause if leaves.ready else "it is not ready, and no longer wanted"
 
 
 def _is_current(running: Running, want: Wanted) -> bool:

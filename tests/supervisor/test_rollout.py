@@ -69,6 +69,14 @@ def test_steps(name, have, wanted, left, expected):
     assert all(step.cause for step in found)
 
 
+@pytest.mark.parametrize(
+    ("have", "wanted"), [("a.0=new+ a.1=bad", A), ("a.0=bad a.1=new+", TURNS), ("a.0=new+ z.0=bad", A)]
+)
+def test_what_never_started_is_not_said_to_be_replaced(have, wanted):
+    [cause] = [step.cause for step in steps(running(have), wanted) if step.kind == "drain"]
+    assert cause == "it is not ready, and no longer wanted"
+
+
 @pytest.mark.parametrize("overlap", [True, False])
 @pytest.mark.parametrize("replicas", [1, 2, 3])
 def test_an_edit_comes_to_its_end_and_never_has_two_in_a_slot(overlap, replicas):
