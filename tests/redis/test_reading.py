@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -66,6 +67,28 @@ async def test_a_destroyed_group_is_made_again_where_it_was(both: Rig, raw: Any)
         assert {d.history.attempts for d in again} == {0, 1}
         await reader.settle_all([third, *again])  # what was in flight is still ours to settle
         assert (await lab.lag("auditor")).in_flight == 0
+
+
+async def test_a_destroyed_group_of_a_queue_keeps_histories_and_delays(both: Rig, raw: Any) -> None:
+    async with both.lab() as lab:
+        await lab.publish_many(4)
+        reader, other = await lab.reader(free=3), await lab.reader(free=1)
+        first, second, third = await reader.take(3)
+        theirs = await other.take_one()
+        await reader.settle(first)
+        await reader.retry(second, History(attempts=1), 2.0)
+        await other.consumer._beat()  # type: ignore[attr-defined]
+        await raw.xgroup_destroy(lab.channel("tasks").address, lab.subscription("worker").group)
+        fresh = await lab.publish()
+        reader.demand(5)
+        assert (await reader.take_one()).body == fresh.body
+        (again,) = await reader.take(1)
+        assert (again.body, again.history.attempts) == (second.body, 1)
+        assert time.time() >= again.history.not_before - 0.1
+        await reader.settle_all([third, again, reader.seen[3]])  # what was in flight is still its reader's to settle
+        await other.settle(theirs)
+        assert (reader.lost, other.lost) == ([], [])
+        assert await lab.connection.count(lab.channel("tasks")) == 0
 
 
 async def test_a_deleted_stream_does_not_stop_what_was_in_flight(both: Rig, raw: Any) -> None:

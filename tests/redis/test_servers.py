@@ -128,11 +128,36 @@ async def test_a_revoked_permission_is_shown_and_heals(own_rig: Rig, raw: Any, t
         await eventually(lambda: reader.troubles[-1] is None, what="the end of the trouble")
 
 
+@pytest.mark.parametrize("right", ["evalsha", "xack"])
+async def test_rights_without_which_nothing_is_settled_are_asked_for(
+    own_rig: Rig, raw: Any, tmp_path: Path, right: str
+) -> None:
+    await raw.acl_setuser("agents", enabled=True, passwords=["+s3cret"], keys=["*"], categories=["+@all"])
+    async with lab_at(own_rig.driver.url, tmp_path, auth=Auth("plain", username="agents", password="s3cret")) as lab:
+        await lab.publish_many(2)
+        reader = await lab.reader(free=2)
+        plain, writing = await reader.take(2)
+        await raw.execute_command("ACL", "SETUSER", "agents", f"-{right}")
+        settled = [
+            asyncio.create_task(reader.settle(plain)),
+            asyncio.create_task(reader.settle(writing, lab.message("agent.done", channel="events"))),
+        ]
+        await eventually(lambda: reader.troubles and reader.troubles[-1], what="the trouble")
+        await elapse(1.0)
+        assert reader.troubles[-1] is not None
+        assert not any(task.done() for task in settled)
+        await raw.execute_command("ACL", "SETUSER", "agents", f"+{right}")
+        await asyncio.gather(*settled)
+        await eventually(lambda: reader.troubles[-1] is None, what="the end of the trouble")
+        assert len(await lab.stored("events")) == 1
+
+
 async def test_nobody_there_is_said_without_the_password(tmp_path: Path) -> None:
     topology = Rig(RedisDriver(_at("redis://agents:s3cret@127.0.0.1:1")), tmp_path).topology({})
     with pytest.raises(BrokerUnavailable) as caught:
         await adapter.connect(topology, topology.brokers["main"], name="test", patience=0.5)
-    assert "127.0.0.1:1" in str(caught.value)
+    assert str(caught.value).count("127.0.0.1:1") <= 2  # the url, and what the library could not reach
+    assert str(caught.value).count("redis://") == 1
     assert "s3cret" not in str(caught.value)
     assert caught.value.hint
 

@@ -285,7 +285,7 @@ class RedisAdapter:
                 if wrong or loop.time() > deadline:
                     link.close()
                     hint = "check brokers.*.auth" if wrong else "is the server running, and is the url right?"
-                    why = error if str(error) else f"no answer in {patience:g} s"
+                    why = (error.__cause__ or error) if str(error) else f"no answer in {patience:g} s"
                     raise BrokerUnavailable(f"cannot reach {link.address}: {why}", hint=hint) from error
                 await asyncio.sleep(0.1)
         version = tuple(int(part) for part in info.get("redis_version", "0").split(".")[:2])

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from orchestrator.brokers.redis.connection import RedisConnection
 
 LEASE = 10.0
+_HALF = 32
 BLOCK = 0.25  # seconds a read waits; what is due later than that is noticed by the next
 _log = logging.getLogger(__name__)
 
@@ -148,8 +149,10 @@ class RedisConsumer(Consumer):
         reader = self._reader
         if reader is None or reader.closed:
             reader = await self._connect_reader()
+        # not all at once: the server looks for the second half while the first is handled here
+        count = min(self._free, max(_HALF, self._free // 2))
         read = (
-            "XREADGROUP", "GROUP", main.group, self.me, "COUNT", self._free, "BLOCK", max(1, int(wait * 1000)),
+            "XREADGROUP", "GROUP", main.group, self.me, "COUNT", count, "BLOCK", max(1, int(wait * 1000)),
             "STREAMS", main.stream, ">",
         )  # fmt: skip
         look = ("EVALSHA", digest(scripts.LOST), 1, main.stream, *main.args, self._counts)
@@ -157,7 +160,7 @@ class RedisConsumer(Consumer):
         commands: tuple[tuple[object, ...], ...] = {"": (read,), "count": (look, read), "next": (look, read, look)}[
             self._counts
         ]
-        self._asked = self._free
+        self._asked = count
         try:
             answers = await reader.send(*commands)
         finally:

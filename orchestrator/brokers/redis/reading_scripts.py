@@ -149,7 +149,8 @@ return lost
 """
 )
 
-#: For each id: 1 it is ours, 0 it is gone, 2 another has it. With `force` what nobody holds becomes ours.
+#: For each id: 1 it is ours, 0 it is gone, 2 another has it. With `force` (the group was made anew) what nobody holds,
+#: or what waits to run again, becomes ours.
 MINE = (
     PRELUDE
     + """
@@ -157,7 +158,8 @@ local s, force, answers = source(), arg() == '1', {}
 for i = 1, num() do
   local id = arg()
   local who = holder(s, id)
-  if who == '' and force then
+  if force and (who == '' or who == '@delayed') then
+    redis.call('ZREM', key(s, 'due'), id)
     local got = redis.call('XCLAIM', s.stream, s.group, s.me, 0, id, 'FORCE', 'JUSTID')
     local there = #redis.call('XRANGE', s.stream, id, id) == 1
     if got[1] and there then who = s.me

@@ -8,13 +8,12 @@ from orchestrator.brokers.redis.scripts import PRELUDE
 CREATE = (
     PRELUDE
     + """
-local stream, base, group, owner, label, position, adopt, external, counts =
+local stream, base, group, owner, label, position, adopt, queue, counts =
   arg(), arg(), arg(), arg(), arg(), arg(), arg() == '1', arg() == '1', arg() == '1'
 local meta, field = base .. ':meta', group == '' and 'channel' or 'group/' .. group
 local had = redis.call('HGET', meta, field)
 if had and cjson.decode(had).owner ~= owner then return 'FOREIGN ' .. cjson.decode(had).owner end
 local exists = redis.call('EXISTS', stream) == 1
-if not exists and external then return 'MISSING' end
 if group == '' then
   if exists and not had and not adopt then return 'UNLABELLED' end
   if not exists then
@@ -31,11 +30,9 @@ if groups(stream)[group] then
   return 'OLD'
 end
 local info = named(redis.call('XINFO', 'STREAM', stream))
-if adopt then
-  local known = redis.call('HGET', meta, 'position/' .. group)
-  if position ~= '0' and known and before(position, known) then position = known end
-  if position ~= '0' and before(info['last-generated-id'], position) then position = '0' end
-end
+local known = had and redis.call('HGET', meta, 'position/' .. group)
+if known and (not adopt or before(position, known)) then position = known end -- it goes on where it was
+if number(position) and before(info['last-generated-id'], position) or position == '0-0' then position = '0' end
 local create = {'XGROUP', 'CREATE', stream, group, position}
 if counts and position == '$' then
   create[6], create[7] = 'ENTRIESREAD', info['entries-added']
@@ -44,10 +41,16 @@ elseif counts and position == '0' then
 end
 redis.call(unpack(create))
 redis.call('HSET', meta, field, label, 'epoch/' .. group, clock[1] .. '.' .. clock[2])
-if had then
+if had then -- what had been read and is not settled waits with its history, first for who is handling it to take it back
   local s = {stream = stream, base = base, group = group}
-  for _, id in ipairs(redis.call('ZRANGE', key(s, 'due'), 0, -1)) do
-    redis.call('XCLAIM', stream, group, '@delayed', 0, id, 'FORCE', 'JUSTID')
+  local waiting = redis.call('ZRANGE', key(s, 'due'), 0, -1)
+  if queue and number(position) then
+    for _, entry in ipairs(redis.call('XRANGE', stream, '-', position)) do
+      if redis.call('ZADD', key(s, 'due'), 'NX', now + 5000, entry[1]) == 1 then waiting[#waiting + 1] = entry[1] end
+    end
+  end
+  for _, id in ipairs(waiting) do
+    redis.call('XCLAIM', stream, group, '@delayed', 0, id, 'FORCE', 'JUSTID', 'RETRYCOUNT', 0)
   end
 end
 return 'NEW'

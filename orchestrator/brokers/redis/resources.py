@@ -222,13 +222,14 @@ class Resources:
             stream, group = _split(wanted.id)
             if stream != channel.address or wanted.external or (group and (sub is None or group != sub.group)):
                 continue
-            start = "0" if is_queue(channel) or (last == "0-0" and not group) else last
-            if await self._create(stream, group, self._new_label(wanted), start, adopt=True) == "NEW":
+            if await self._create(stream, group, self._new_label(wanted), last, adopt=True) == "NEW":
                 made.append(f"the group {group}" if group else f"the stream {stream}")
         return made
 
     async def _create(self, stream: str, group: str, label: str, start: str, *, adopt: bool) -> str:
-        args = (stream, base(stream), group, self._topology.name, label, start, int(adopt), 0, int(self._counts))
+        queue = any(is_queue(c) and c.address == stream for c in self._topology.channels.values())
+        flags = (int(adopt), int(queue), int(self._counts))
+        args = (stream, base(stream), group, self._topology.name, label, start, *flags)
         word = (await self._link.script(resource_scripts.CREATE, [stream], *args)).decode()
         if word == "MISSING":
             raise ResourceMissing(f"the stream {stream} does not exist", hint="create it, or run `orchestrator apply`")
