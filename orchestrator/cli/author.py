@@ -77,7 +77,7 @@ def validate(
     files: Files = None,
     sets: Sets = None,
     vars_files: VarsFiles = None,
-    handlers: Annotated[bool, typer.Option("--handlers", help="Import every handler too.")] = False,
+    handlers: Annotated[bool, typer.Option("--handlers", help="Import every handler and codec too.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Warnings are errors.")] = False,
     show: Annotated[bool, typer.Option("--show", help="Print the effective topology, secrets redacted.")] = False,
     output: OutputOption = Output.TEXT,
@@ -90,7 +90,7 @@ def validate(
     try:
         loaded = load_all([*(sources or []), *(files or [])], sets, vars_files, lint=True)
         found = [*loaded.warnings]
-        for problem in check.handlers(loaded.topology) if handlers else ():
+        for problem in [*check.handlers(loaded.topology), *check.codecs(loaded.topology)] if handlers else ():
             found.append(problem.diagnostic)
             if problem.traceback:
                 console.say(problem.traceback.rstrip())

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.cli.conftest import TOPOLOGY
 from tests.cli.rig import Folder
 
 
@@ -77,6 +78,28 @@ def test_validate_handlers_names_what_does_not_load(folder: Folder, code: str, e
     said = folder.refused("validate", "--handlers")
     assert expected in said
     assert "topology.yaml:12:" in said
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        ("1 / 0\n", "ZeroDivisionError"),
+        ("class Codec:\n    def decode(self): ...\n", "it has no encode()"),
+        ("import os\nos._exit(3)\n", "exit code 3"),
+        ("class Codec:\n    def decode(self): ...\n    def encode(self): ...\n", ""),
+    ],
+    ids=["import fails", "no method", "exits", "right"],
+)
+def test_validate_handlers_imports_codecs_too(folder: Folder, code: str, expected: str) -> None:
+    folder.write("topology.yaml", TOPOLOGY.replace("parcels: {", 'parcels: {codec: "shouting:Codec", '))
+    folder.write("shouting.py", code)
+    folder.ok("validate")
+    if not expected:
+        folder.ok("validate", "--handlers")
+        return
+    said = folder.refused("validate", "--handlers")
+    assert expected in said
+    assert "topology.yaml:6:" in said
 
 
 def test_a_module_that_does_not_import_is_shown_with_its_own_traceback(folder: Folder) -> None:
