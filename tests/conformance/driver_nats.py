@@ -20,7 +20,7 @@ from .drivers import ServerDriver
 
 class NatsDriver(ServerDriver):
     kind = "nats"
-    lease_constants = ("orchestrator.brokers.nats.resources:ACK_WAIT", "orchestrator.brokers.nats.streams:ACK_WAIT")
+    lease_constants = ("orchestrator.brokers.nats.resources:ACK_WAIT",)
     too_large = 1024 * 1024 + 1  # the server's max_payload
 
     def address(self, topology: str, channel: str) -> str:

@@ -111,7 +111,7 @@ async def test_retry_keeps_the_history_and_holds_nobody_up(nats_server: NatsServ
 async def forgotten(made: Rig) -> None:
     """Waits until no history is stored."""
     end = time.monotonic() + 5
-    while (await made.connection.link.api(f"STREAM.INFO.{made.connection.resources.names.state}"))["state"]["messages"]:
+    while (await made.connection.link.api(f"STREAM.INFO.{made.connection.names.state}"))["state"]["messages"]:
         assert time.monotonic() < end, "the history was not forgotten"
         await asyncio.sleep(0.01)
 
@@ -169,7 +169,7 @@ async def test_lost_host_is_seen_as_redelivered_until_marked(nats_server: NatsSe
         await made.publish(made.event())
         lost.demand(1)
         (got,) = await sink.take()
-        del lost._unsettled[lost._main, got.key]  # type: ignore[attr-defined]  # it extends no lease any more
+        del lost._main.held[got.key]  # type: ignore[attr-defined]  # it extends no lease any more
         heir, found = await made.consumer(slot="research.1")
         heir.demand(1)
         (again,) = await found.take(seconds=5)

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
-import subprocess
 import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import pytest
 
 from orchestrator.brokers.base import Delivery, History
 from orchestrator.brokers.nats import adapter
 from orchestrator.brokers.nats.resources import safe
-from orchestrator.errors import BrokerError, BrokerUnavailable, OrchestratorError, ResourceMissing
-from orchestrator.topology.model import Auth, Tls
+from orchestrator.errors import BrokerError, BrokerUnavailable, ResourceMissing
 from tests.nats.rig import finished, rig, topology, until
 from tests.servers.nats import NatsServer, free_port
 
@@ -142,7 +137,7 @@ async def test_deleted_queue_and_internal_streams_are_made_again(server: NatsSer
     async with rig(server.url) as made:
         consumer, sink = await made.consumer()
         consumer.demand(8)
-        names = made.connection.resources.names
+        names = made.connection.names
         for stream in (safe(made.channel("tasks").address), names.state, names.inbox, names.later):
             await made.connection.link.api(f"STREAM.DELETE.{stream}")
         await until(lambda: sink.troubles[-1:] == [None], "it is healed", 8)
@@ -193,31 +188,6 @@ async def test_no_server_is_a_clear_error() -> None:
     assert caught.value.hint
 
 
-@pytest.mark.parametrize(
-    ("config", "good", "bad"),
-    [
-        (
-            'authorization { user: "u", password: "p" }',
-            Auth("plain", username="u", password="p"),
-            Auth("plain", username="u", password="no"),
-        ),
-        ('authorization { token: "t" }', Auth("token", token="t"), Auth("token", token="no")),
-    ],
-)
-async def test_credentials(config: str, good: Auth, bad: Auth) -> None:
-    server = NatsServer(config).start()
-    try:
-        plan = topology(server.url, auth=good)
-        async with rig(server.url, plan) as made:
-            await made.publish(made.event())
-        plan = topology(server.url, auth=bad)
-        with pytest.raises(BrokerUnavailable, match="uthorization") as caught:
-            await adapter.connect(plan, plan.brokers["main"], name="test", patience=2)
-        assert "auth" in str(caught.value.hint)
-    finally:
-        server.close()
-
-
 async def test_server_without_jetstream_is_said() -> None:
     server = NatsServer(jetstream=False).start()
     try:
@@ -227,60 +197,3 @@ async def test_server_without_jetstream_is_said() -> None:
             assert "JetStream" in str(caught.value)
     finally:
         server.close()
-
-
-async def test_revoked_credentials_are_said_and_survived() -> None:
-    server = NatsServer('authorization { user: "u", password: "p" }').start()
-    try:
-        async with rig(server.url, topology(server.url, auth=Auth("plain", username="u", password="p"))) as made:
-            consumer, sink = await made.consumer()
-            server.reload('authorization { user: "u", password: "other" }')
-            await until(lambda: "uthorization" in str(sink.troubles[-1:]), "the reason was told")
-            server.reload('authorization { user: "u", password: "p" }')
-            await until(lambda: sink.troubles[-1] is None, "it is back")
-            consumer.demand(1)
-            await made.publish(made.event())
-            await sink.take()
-            await consumer.close()
-    finally:
-        server.close()
-
-
-def certificate(folder: Path) -> Tls:
-    """A certificate of our own for 127.0.0.1, for server and client alike."""
-    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=localhost"
-    command += " -addext subjectAltName=IP:127.0.0.1 -keyout key.pem -out cert.pem"
-    subprocess.run(command.split(), cwd=folder, check=True, capture_output=True)
-    return Tls(ca=str(folder / "cert.pem"), cert=str(folder / "cert.pem"), key=str(folder / "key.pem"))
-
-
-async def test_tls_with_client_certificate(tmp_path: Path) -> None:
-    tls = certificate(tmp_path)
-    server = NatsServer(f'tls {{ cert_file: "{tls.cert}", key_file: "{tls.key}", ca_file: "{tls.ca}", verify: true }}')
-    server.start()
-    try:
-        url = server.url.replace("nats:", "tls:")
-        async with rig(url, topology(url, tls=tls)) as made:
-            consumer, sink = await made.consumer()
-            consumer.demand(1)
-            await made.publish(made.event())
-            await sink.take()
-            await consumer.close()
-        plan = topology(url)
-        with pytest.raises(BrokerUnavailable) as caught:
-            await adapter.connect(plan, plan.brokers["main"], name="test", patience=2)
-        assert "tls" in str(caught.value.hint)
-    finally:
-        server.close()
-
-
-@pytest.mark.parametrize(
-    ("mechanism", "message"), [("nkey", "nkeys"), ("creds", "nkeys"), ("scram-sha-512", "no scram")]
-)
-async def test_mechanism_that_cannot_work_is_named(mechanism: Any, message: str) -> None:
-    if message == "nkeys" and importlib.util.find_spec("nkeys") is not None:
-        pytest.skip("nkeys is installed")
-    plan = topology("nats://127.0.0.1:1", auth=Auth(mechanism))
-    with pytest.raises(OrchestratorError, match=message) as caught:
-        await adapter.connect(plan, plan.brokers["main"], name="test")
-    assert caught.value.hint

@@ -1,4 +1,4 @@
-"""One connection to a NATS server: how it is guarded, requests and their replies, and reading a stream.
+"""One connection to a NATS server: opened as a topology describes it, guarded, asked, and read from.
 
 Everything else of this package talks to the server through Link. It turns nats-py's exceptions into ours.
 """
@@ -7,18 +7,25 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
+import importlib
 import json
 import re
 import secrets
-from collections.abc import AsyncIterator, Callable, Mapping
+import ssl
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import nats.errors
 
 from orchestrator.brokers.nats.internals import FastClient
-from orchestrator.errors import BrokerError, BrokerUnavailable, ResourceMissing
+from orchestrator.errors import BrokerError, BrokerUnavailable, OrchestratorError, ResourceMissing
+from orchestrator.topology.model import Auth, Broker
 
 #: Called with (header block or None, body); header None and body b"" never happen together for a real reply.
 Reply = Callable[[bytes | None, bytes], None]
@@ -49,14 +56,33 @@ class Raw:
 
 def headers_of(block: bytes | None) -> dict[str, str]:
     """The headers of a block as text; names that no one could send again are left out."""
-    if not block:
-        return {}
+    return _headers(block, _sendable)
+
+
+def public_headers(block: bytes | None) -> dict[str, str]:
+    """Without the server's own: Nats-* are mechanics of the wire, not of the event."""
+    return _headers(block, is_public)
+
+
+def _headers(block: bytes | None, wanted: Callable[[str], bool]) -> dict[str, str]:
     found: dict[str, str] = {}
-    for line in block.decode("utf-8", "surrogateescape").split("\r\n")[1:]:
-        name, colon, value = line.partition(":")
-        if colon and _TOKEN.fullmatch(name):
-            found[name] = value.strip()
+    if block:
+        for line in block.decode("utf-8", "surrogateescape").split("\r\n")[1:]:
+            name, colon, value = line.partition(":")
+            if colon and wanted(name):
+                found[name] = value.strip()
     return found
+
+
+@lru_cache(4096)
+def _sendable(name: str) -> bool:
+    return _TOKEN.fullmatch(name) is not None
+
+
+@lru_cache(4096)
+def is_public(name: str) -> bool:
+    """Whether a header of this name is the event's own and can be sent."""
+    return _sendable(name) and not name.lower().startswith("nats-")
 
 
 def status_of(block: bytes | None) -> tuple[int, str]:
@@ -80,22 +106,26 @@ def when(text: str) -> float:
 class Link:
     """A connection that comes back by itself for ever. `listeners` are told True and False as it comes and goes."""
 
-    def __init__(self, client: FastClient, url: str, options: Mapping[str, Any]) -> None:
+    def __init__(self, client: FastClient, url: str, domain: str | None) -> None:
         self.client = client
         self.url = url
         self.listeners: list[Callable[[bool], None]] = []
-        self.denied: list[Callable[[str], None]] = []
+        self.denied: list[Callable[[str], None]] = []  # told the subject, in lower case, that we may not publish to
         self.closed_reason: str | None = None
-        self._reopening: asyncio.Task[None] | None = None
-        self._closing = False
-        domain = options.get("domain")
-        self._api = f"$JS.{domain}.API." if domain else "$JS.API."
-        self.inbox_open = False  # True once the first connection stands
+        self.api_root = f"$JS.{domain}.API." if domain else "$JS.API."
         self.inbox = f"_INBOX.{secrets.token_hex(11)}."
         self._cut = len(self.inbox)
-        self.waiting: dict[bytes, Reply] = {}
+        self._waiting: dict[bytes, Reply] = {}
         self._count = 0
         self._loop = asyncio.get_running_loop()
+        self._open = False  # True once the first connection stands
+        self._closing = False
+        self._reopening: asyncio.Task[None] | None = None
+
+    def opened(self) -> None:
+        """The first connection stands."""
+        self.client.listen(self.inbox + "*", self._on_reply)
+        self._open = True
 
     @property
     def connected(self) -> bool:
@@ -110,47 +140,46 @@ class Link:
     def max_payload(self) -> int:
         return int(self.client.max_payload)
 
-    def token(self) -> bytes:
-        """A new reply token; the reply subject is `inbox` + token."""
-        self._count += 1
-        return b"%x" % self._count
-
-    def api_subject(self, verb: str) -> str:
-        return self._api + verb
-
-    def on_reply(self, subject: bytes, _reply: bytes, header: bytes | None, body: bytes) -> None:
-        receive = self.waiting.get(subject[self._cut :])
+    def _on_reply(self, subject: bytes, _reply: bytes, header: bytes | None, body: bytes) -> None:
+        receive = self._waiting.get(subject[self._cut :])
         if receive is not None:
             receive(header, body)
+
+    @contextlib.contextmanager
+    def _asking(self, subject: str, body: bytes, receive: Reply) -> Iterator[None]:
+        """Sends a request; `receive` gets what comes back until the block ends."""
+        self._count += 1
+        token = b"%x" % self._count
+        self._waiting[token] = receive
+        try:
+            self.client.send(
+                b"PUB %b %b%b %d\r\n%b\r\n" % (subject.encode(), self.inbox.encode(), token, len(body), body)
+            )
+            yield
+        except TimeoutError:
+            raise BrokerUnavailable(
+                f"no answer from NATS at {self.url}", hint="is the server up, or overloaded?"
+            ) from None
+        finally:
+            del self._waiting[token]
 
     async def request(self, subject: str, body: bytes = b"", *, timeout: float = 5.0) -> tuple[bytes | None, bytes]:
         """One request, one reply. Raises BrokerUnavailable when there is none in time or no connection."""
         if not self.connected:
             raise self.unavailable()
         answer: asyncio.Future[tuple[bytes | None, bytes]] = self._loop.create_future()
-        token = self.token()
 
         def receive(header: bytes | None, data: bytes) -> None:
             if not answer.done():
                 answer.set_result((header, data))
 
-        self.waiting[token] = receive
-        try:
-            self.client.send(
-                b"PUB %s %s%s %d\r\n%s\r\n" % (subject.encode(), self.inbox.encode(), token, len(body), body)
-            )
+        with self._asking(subject, body, receive):
             return await asyncio.wait_for(answer, timeout)
-        except TimeoutError:
-            raise BrokerUnavailable(
-                f"no answer from NATS at {self.url} within {timeout:g} s", hint="is the server up, or overloaded?"
-            ) from None
-        finally:
-            self.waiting.pop(token, None)
 
-    async def api(self, verb: str, body: Json | None = None, *, timeout: float = 5.0) -> Json:
+    async def api(self, verb: str, body: Json | None = None) -> Json:
         """One call of the JetStream API. Raises ResourceMissing, ApiError or BrokerUnavailable."""
         data = json.dumps(body).encode() if body is not None else b""
-        header, reply = await self.request(self._api + verb, data, timeout=timeout)
+        header, reply = await self.request(self.api_root + verb, data)
         if status_of(header)[0] == 503:
             raise ApiError(verb, 503, "JetStream does not answer", hint="start nats-server with -js, or wait for it")
         result: Json = json.loads(reply)
@@ -204,40 +233,22 @@ class Link:
         """Up to 256 messages by one direct request; None when the server or stream does not offer that."""
         found: list[Raw] = []
         end: asyncio.Future[bool] = self._loop.create_future()
-        token = self.token()
 
         def receive(header: bytes | None, data: bytes) -> None:
             status, _ = status_of(header)
-            if not status:
-                named = headers_of(header)
-                if "Nats-Sequence" not in named:
-                    status = 503
-                else:
-                    found.append(
-                        Raw(
-                            int(named["Nats-Sequence"]),
-                            named["Nats-Subject"],
-                            header,
-                            data,
-                            when(named["Nats-Time-Stamp"]),
-                        )
-                    )
-                    if "Nats-Num-Pending" not in named:
-                        status = 204  # a server that knows no batches sent the one message
-            if status and not end.done():
+            named = headers_of(header)
+            if not status and "Nats-Sequence" in named:
+                at = when(named["Nats-Time-Stamp"])
+                found.append(Raw(int(named["Nats-Sequence"]), named["Nats-Subject"], header, data, at))
+                if "Nats-Num-Pending" in named:
+                    return
+                status = 204  # a server that knows no batches sent the one message
+            if not end.done():
                 end.set_result(status in (204, 404))
 
-        self.waiting[token] = receive
-        try:
-            ask = json.dumps({"seq": start, "next_by_subj": subject, "batch": 256, "max_bytes": 4 << 20}).encode()
-            to = f"{self._api}DIRECT.GET.{stream}".encode()
-            self.client.send(b"PUB %s %s%s %d\r\n%s\r\n" % (to, self.inbox.encode(), token, len(ask), ask))
-            complete = await asyncio.wait_for(end, 5.0)
-        except TimeoutError:
-            raise BrokerUnavailable(f"no answer from NATS at {self.url} while reading {stream}") from None
-        finally:
-            self.waiting.pop(token, None)
-        return found if complete else None
+        ask = json.dumps({"seq": start, "next_by_subj": subject, "batch": 256, "max_bytes": 4 << 20}).encode()
+        with self._asking(f"{self.api_root}DIRECT.GET.{stream}", ask, receive):
+            return found if await asyncio.wait_for(end, 5.0) else None
 
     def unavailable(self) -> BrokerUnavailable:
         why = f": {self.closed_reason}" if self.closed_reason else ""
@@ -261,7 +272,7 @@ class Link:
 
     def given_up(self, options: Json) -> None:
         """The server ended the connection for good (credentials revoked, say): nats-py stops then, we do not."""
-        if self._closing or not self.inbox_open:
+        if self._closing or not self._open:
             return
         self.closed_reason = str(self.client.last_error or "closed by the server")
         self.changed(False)
@@ -296,6 +307,141 @@ class Link:
         await self.client.close()
 
 
-def iso(seconds: float) -> str:
-    """RFC 3339 in UTC, as the JetStream API wants it."""
-    return datetime.fromtimestamp(seconds, UTC).isoformat().replace("+00:00", "Z")
+# --- opening --------------------------------------------------------------------------------------------------
+
+
+async def open_link(broker: Broker, url: str, *, name: str, patience: float, root: Path) -> Link:
+    """Connects and guards the connection; paths start at `root`. Raises BrokerUnavailable after `patience` seconds."""
+    raw = dict(broker.client)
+    client = FastClient()
+    link = Link(client, safe_url(url), raw.pop("domain", None))
+    failures: list[BaseException] = []
+
+    async def failed(error: Exception) -> None:
+        failures[:] = [*(e for e in failures[:1] if _unauthorized(e)), error]  # that says more than the reset after it
+        link.heard_error(str(error))
+
+    async def up() -> None:
+        link.changed(True)
+
+    async def down() -> None:
+        link.changed(False)
+
+    async def closed() -> None:
+        link.given_up(options)
+
+    options: Json = {
+        "servers": [part.strip() for part in url.split(",")],
+        "name": name,
+        "allow_reconnect": True,
+        "max_reconnect_attempts": -1,
+        "reconnect_time_wait": 0.25,
+        "connect_timeout": 2,
+        "ping_interval": 1,
+        "max_outstanding_pings": 2,
+        "pending_size": 8 << 20,
+        "error_cb": failed,
+        "disconnected_cb": down,
+        "reconnected_cb": up,
+        "closed_cb": closed,
+        **(_credentials(broker.auth, f"brokers.{broker.name}.auth", root) if broker.auth is not None else {}),
+        **_tls(broker, root),
+        **raw,
+    }
+    try:
+        await asyncio.wait_for(client.connect(**options), patience)
+    except (nats.errors.Error, OSError, TimeoutError, ValueError) as error:
+        await client.close()
+        cause = failures[0] if failures and (isinstance(error, TimeoutError) or _unauthorized(failures[0])) else error
+        hint = "is nats-server running there, and is the address right?"
+        if _unauthorized(cause):
+            hint = f"check brokers.{broker.name}.auth: the server does not know this user, or not any more"
+        elif isinstance(cause, ssl.SSLError) or "tls" in str(cause).lower():
+            hint = f"check brokers.{broker.name}.tls"
+        raise BrokerUnavailable(
+            f"cannot connect to NATS at {safe_url(url)}: {str(cause) or type(cause).__name__}", hint=hint
+        ) from None
+    link.opened()
+    return link
+
+
+def safe_url(url: str) -> str:
+    """The addresses without user and password."""
+    parts = [urlsplit(part.strip()) for part in url.split(",")]
+    return ",".join(f"{part.scheme or 'nats'}://{part.hostname or ''}:{part.port or 4222}" for part in parts)
+
+
+def _unauthorized(error: BaseException) -> bool:
+    return isinstance(error, nats.errors.AuthorizationError) or "authorization" in str(error).lower()
+
+
+def _credentials(auth: Auth, where: str, root: Path) -> Json:
+    """Options of nats-py. Raises OrchestratorError for what cannot work, before anything is sent."""
+    match auth.mechanism:
+        case "plain":
+            return {"user": auth.username or "", "password": auth.password or ""}
+        case "token":
+            return {"token": auth.token or ""}
+        case "nkey" | "creds":
+            try:
+                nkeys = importlib.import_module("nkeys")  # an extra: only these two mechanisms need it
+            except ModuleNotFoundError:
+                raise OrchestratorError(
+                    f"{where}: {auth.mechanism} needs the package nkeys", hint="pip install 'orchestrator[nkeys]'"
+                ) from None
+            if auth.mechanism == "nkey":
+                _key_pair(nkeys, auth.seed or "", f"{where}.seed")
+                return {"nkeys_seed_str": auth.seed}
+
+            def read() -> tuple[bytes, Any]:
+                return _read_creds(nkeys, root / (auth.file or ""), f"{where}.file")
+
+            read()  # anew at each connect, because such files are replaced; nats-py's reader hangs at a broken one
+            return {
+                "user_jwt_cb": lambda: read()[0],
+                "signature_cb": lambda nonce: base64.b64encode(read()[1].sign(nonce.encode())),
+            }
+    raise OrchestratorError(f"{where}.mechanism: NATS has no {auth.mechanism}", hint="use plain, token, nkey or creds")
+
+
+class _Unusable(OrchestratorError, nats.errors.Error):
+    """Ours when it is raised before connecting; while it reconnects nats-py survives only errors of its own."""
+
+
+def _key_pair(nkeys: Any, seed: str, where: str) -> Any:
+    """The signing key of a user's seed."""
+    try:
+        if seed.strip().startswith("SU"):
+            return nkeys.from_seed(bytearray(seed.strip().encode()))
+    except (nkeys.NkeysError, ValueError):
+        pass  # said below, without the seed
+    raise _Unusable(f"{where} holds no seed of a NATS user", hint="it is one word that begins with SU")
+
+
+def _read_creds(nkeys: Any, file: Path, where: str) -> tuple[bytes, Any]:
+    """A user's JWT and signing key from a credentials file."""
+    try:
+        text = file.read_text()
+    except (OSError, ValueError) as error:
+        raise _Unusable(f"{where}: cannot read {file}: {error}", hint="paths start at the topology file") from None
+    jwt = re.search(r"-BEGIN NATS USER JWT-+\s+(\S+)", text)
+    seed = re.search(r"-BEGIN USER NKEY SEED-+\s+(\S+)", text)
+    if jwt is None or seed is None:
+        raise _Unusable(f"{where}: {file} holds no user JWT with its seed", hint="`nsc generate creds` makes one")
+    return jwt[1].encode(), _key_pair(nkeys, seed[1], where)
+
+
+def _tls(broker: Broker, root: Path) -> Json:
+    tls = broker.tls
+    if tls is None:
+        return {"tls": ssl.create_default_context()} if broker.url.startswith("tls:") else {}
+    try:
+        context = ssl.create_default_context(cafile=str(root / tls.ca) if tls.ca else None)
+        if tls.cert:
+            context.load_cert_chain(str(root / tls.cert), str(root / tls.key) if tls.key else None)
+    except (OSError, ssl.SSLError) as error:
+        raise OrchestratorError(
+            f"brokers.{broker.name}.tls: {error}",
+            hint="the files must be PEM and readable; paths start at the topology file",
+        ) from None
+    return {"tls": context}

@@ -1,52 +1,76 @@
-"""The package's entry: Adapter and Connection (brokers/base.py), and making again what was deleted from outside."""
+"""The package's entry (base.Adapter) and a connection (base.Connection): what operators ask, and making again what was
+deleted from outside.
+
+Reading for `tail`, `dlq` and `status` touches no subscription: messages are fetched from the stream by sequence.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import re
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import replace
+from datetime import datetime
 
 from orchestrator.brokers import base
 from orchestrator.brokers.base import (
     Capabilities,
     Desired,
+    Fact,
+    Lag,
     Observed,
+    Outgoing,
     Setting,
+    Start,
+    Stored,
     Verdict,
 )
 from orchestrator.brokers.embedded import server
 from orchestrator.brokers.nats import resources
-from orchestrator.brokers.nats.client import Json, Link
+from orchestrator.brokers.nats.client import ApiError, Link, Raw, open_link, public_headers, when
 from orchestrator.brokers.nats.consumer import NatsConsumer
-from orchestrator.brokers.nats.delivery import public_headers
-from orchestrator.brokers.nats.opening import open_link
-from orchestrator.brokers.nats.operate import Operations
-from orchestrator.brokers.nats.producer import NatsProducer, Publisher
-from orchestrator.brokers.nats.relay import Relay
-from orchestrator.brokers.nats.resources import ACK_WAIT, letters_root, safe
-from orchestrator.brokers.nats.streams import Resources
-from orchestrator.errors import BrokerUnavailable, PublishRejected, ResourceMissing
+from orchestrator.brokers.nats.producer import NatsProducer, head
+from orchestrator.brokers.nats.resources import (
+    ACK_WAIT,
+    LOST,
+    REDRIVEN_TYPE,
+    Names,
+    Resources,
+    filters_of,
+    letters_root,
+    safe,
+)
+from orchestrator.errors import BrokerError, BrokerUnavailable, PublishRejected, RefusedError, ResourceMissing
 from orchestrator.topology.model import Broker, Channel, Mode, Subscription, Topology, matches
 
 _log = logging.getLogger("orchestrator.brokers.nats")
 
 
-class NatsConnection(Operations):
+class NatsConnection:
     """base.Connection on one link."""
 
     def __init__(self, link: Link, topology: Topology, broker: Broker, url: str) -> None:
         self.link = link
         self.topology = topology
         self.broker = broker
-        self._url = url
+        self.names = Names(topology, broker)
         self.resources = Resources(link, topology, broker)
-        self.publisher = Publisher(link, self._recreate)
         self.sinks: list[base.Sink] = []
-        self._producer = NatsProducer(self)
-        self.relay = Relay(self)
         self.wanted = {d.id.name: d for d in resources.desired(topology, broker)}
+        self._url = url
+        self._producer = NatsProducer(self)
+        self._refusal = ""
 
-    def letters(self, channel: Channel) -> str:
-        return letters_root(channel)
+    def stream(self, channel: Channel) -> str:
+        return safe(channel.address)
+
+    @property
+    def schedules(self) -> bool:
+        """Whether the server can hold an event until its time."""
+        return self.resources.schedules
 
     # --- reconcile ---
 
@@ -57,7 +81,7 @@ class NatsConnection(Operations):
         await self.resources.create(desired)
 
     async def update(self, desired: Desired, observed: Observed) -> None:
-        await self.resources.update(desired, observed)
+        await self.resources.update(desired)
 
     async def delete(self, observed: Observed) -> None:
         await self.resources.delete(observed)
@@ -74,7 +98,7 @@ class NatsConnection(Operations):
         subject = f"{self.link.inbox.rstrip('.')}-replies"
 
         def on_message(_subject: bytes, _reply: bytes, header: bytes | None, body: bytes) -> None:
-            receive(body, public_headers(header) if header else {})
+            receive(body, public_headers(header))
 
         self.link.client.listen(subject, on_message)
         self.link.client.flush_frames()  # before the ping that flush() waits for
@@ -98,42 +122,245 @@ class NatsConnection(Operations):
             link.client.send(f"PUB {reply} 4\r\n+WPI\r\n".encode())
         await link.close()
 
+    # --- operate ---
+
+    async def cluster_id(self) -> str:
+        """The cluster's name; of a single server its name, which is its id unless the configuration names it."""
+        info = self.link.info
+        return str(info.get("cluster") or info.get("server_name") or info.get("server_id", ""))
+
+    async def browse(
+        self,
+        channel: Channel,
+        *,
+        start: Start,
+        follow: bool = False,
+        events: Sequence[str] = (),
+        dead_letters: bool = False,
+    ) -> AsyncIterator[Stored]:
+        stream = self.stream(channel)
+        state = (await self.link.api(f"STREAM.INFO.{stream}"))["state"]
+        last = int(state["last_seq"])
+        if isinstance(start, datetime):
+            position = await self._first_at(stream, start.timestamp(), int(state["first_seq"]), last)
+        else:
+            position = int(state["first_seq"]) if start == "earliest" else last + 1
+        live: asyncio.Queue[Stored] = asyncio.Queue()
+        sids = self._overhear(channel, live) if follow and channel.mode is Mode.QUEUE else []
+        seen: set[bytes] = set()
+        try:
+            while True:
+                async for raw in self.link.read(stream, start=position):
+                    position = raw.seq + 1
+                    stored = self._stored(channel, raw, events, dead_letters)
+                    if stored is not None:
+                        if sids:
+                            seen.add(stored.body)
+                        yield stored
+                if not follow:
+                    return
+                if not sids:
+                    await asyncio.sleep(0.1)  # the stream is asked again: a log keeps what it got meanwhile
+                    continue
+                while True:  # what a queue gets may be settled before it could be read: listen
+                    stored = await live.get()
+                    if stored.body in seen:
+                        seen.discard(stored.body)
+                    elif not events or any(matches(e, stored.event_type or "") for e in events):
+                        yield stored
+        finally:
+            for sid in sids:
+                self.link.client.unlisten(sid)
+
+    def _overhear(self, channel: Channel, live: asyncio.Queue[Stored]) -> list[bytes]:
+        cut = len(self.broker.prefix.encode())
+        stream = self.stream(channel)
+
+        def on_message(subject: bytes, _reply: bytes, header: bytes | None, body: bytes) -> None:
+            kind = subject[cut:].decode("utf-8", "surrogateescape")
+            live.put_nowait(Stored(f"{stream}:live", body, public_headers(header), kind, time.time()))
+
+        return [self.link.client.listen(self.broker.prefix + e, on_message) for e in channel.events]
+
+    def _stored(self, channel: Channel, raw: Raw, events: Sequence[str], dead_letters: bool) -> Stored | None:
+        """None for what is no event of this view."""
+        root = f"{letters_root(channel)}."
+        letter = channel.dead_letters and raw.subject.startswith(root)
+        if letter != dead_letters and channel.dead_letters:
+            return None
+        kind = raw.subject[len(root) :].partition(".")[2] if letter else raw.subject.removeprefix(self.broker.prefix)
+        if events and not any(matches(e, kind) for e in events):
+            return None
+        headers = public_headers(raw.header)
+        return Stored(f"{self.stream(channel)}:{raw.seq}", raw.body, headers, kind, raw.time)
+
+    async def _first_at(self, stream: str, at: float, low: int, high: int) -> int:
+        """The first sequence that was stored at or after `at`, by bisection."""
+        while low <= high:
+            middle = (low + high) // 2
+            raw = await self.link.message(stream, {"seq": middle, "next_by_subj": ">"})
+            if raw is None or raw.time >= at:
+                high = middle - 1
+            else:
+                low = raw.seq + 1
+        return low
+
+    async def remove(self, channel: Channel, positions: Sequence[str]) -> int:
+        stream = self.stream(channel)
+
+        async def one(position: str) -> bool:
+            seq = position.rpartition(":")[2]
+            if not seq.isdigit():
+                return False
+            try:
+                await self.link.api(f"STREAM.MSG.DELETE.{stream}", {"seq": int(seq), "no_erase": True})
+            except ResourceMissing:
+                return False
+            except ApiError as error:
+                if error.code in (10043, 10057):  # no such sequence
+                    return False
+                raise
+            return True
+
+        return sum(await asyncio.gather(*map(one, positions)))
+
+    async def redrive(self, subscription: Subscription, message: Outgoing) -> None:
+        channel, names = self.topology.channels[subscription.channel], self.names
+        subject = names.redrive_subject(subscription, channel)
+        await self.resources.create_reader(names.inbox, names.redrive_durable(subscription, channel), subject)
+        kind = message.event_type.replace("\r", " ").replace("\n", " ")
+        extra = f"{REDRIVEN_TYPE}: {kind}\r\n".encode("utf-8", "surrogateescape")
+        header = head("", message.correlation_id, message.headers, extra)
+        await self._producer.store(subject, header, message.body, names.inbox)
+        self.link.client.send(f"PUB {names.bell(subscription, channel)} 0\r\n\r\n".encode())
+
+    async def lag(self, subscriptions: Sequence[Subscription]) -> Mapping[tuple[str, str], Lag]:
+        found = await asyncio.gather(*map(self._lag, subscriptions))
+        return {(s.agent, s.channel): lag for s, lag in zip(subscriptions, found, strict=True)}
+
+    async def _lag(self, subscription: Subscription) -> Lag:
+        channel = self.topology.channels[subscription.channel]
+        stream, names = self.stream(channel), self.names
+        info = await self.link.api(f"CONSUMER.INFO.{stream}.{safe(subscription.group)}")
+        try:
+            inbox = await self.link.api(f"CONSUMER.INFO.{names.inbox}.{names.redrive_durable(subscription, channel)}")
+        except ResourceMissing:
+            inbox = {}  # nothing was ever redriven
+        waiting = int(info.get("num_pending", 0)) + int(inbox.get("num_pending", 0))
+        pending = int(info.get("num_ack_pending", 0)) + int(inbox.get("num_ack_pending", 0))
+        history_root = names.history_root(subscription, channel)
+        delayed = min(pending, await self._delayed(history_root)) if pending else 0
+        oldest = 0.0
+        for subject in filters_of(info["config"]) if waiting or pending else ():
+            ask = {"seq": int(info["ack_floor"]["stream_seq"]) + 1, "next_by_subj": subject}
+            if (raw := await self.link.message(stream, ask)) is not None:
+                oldest = max(oldest, time.time() - raw.time)
+        lost = await self.link.message(names.state, {"last_by_subj": history_root + LOST})
+        return Lag(
+            waiting, pending - delayed, delayed, oldest, json.loads(lost.body)["lost"] if lost is not None else 0
+        )
+
+    async def _delayed(self, root: str) -> int:
+        """Histories that wait for their time. Beyond a thousand they are counted without being read."""
+        info = await self.link.api(f"STREAM.INFO.{self.names.state}", {"subjects_filter": f"{root}*"})
+        count = len(info["state"].get("subjects") or {})
+        if count > 1000 or not count:
+            return count
+        now, found = time.time(), 0
+        async for raw in self.link.read(self.names.state, subject=f"{root}*"):
+            try:
+                found += base.History.decode(raw.body).not_before > now
+            except ValueError:
+                continue  # not a history of ours
+        return found
+
+    async def seek(self, subscription: Subscription, start: Start) -> None:
+        channel = self.topology.channels[subscription.channel]
+        if channel.mode is Mode.QUEUE:
+            raise RefusedError(
+                f"channel {channel.name} is a queue: what was handled is gone", hint="replay needs `mode: log`"
+            )
+        wanted = self.wanted[f"{self.stream(channel)}/{safe(subscription.group)}"]
+        policy = {"earliest": "all", "latest": "new"}.get(str(start), str(start))
+        for one in await self.resources.observe([wanted]):
+            if one.id == wanted.id:
+                await self.resources.delete(one)
+        await self.resources.create(replace(wanted, settings={**wanted.settings, "deliver_policy": policy}))
+
+    async def count(self, channel: Channel) -> int:
+        return int((await self.link.api(f"STREAM.INFO.{self.stream(channel)}"))["state"]["messages"])
+
+    async def facts(self) -> list[Fact]:
+        info = self.link.info
+        found = [Fact("nats-server", str(info.get("version", "?"))), Fact("cluster id", await self.cluster_id())]
+        if not self.schedules:
+            found.append(Fact("delayed publish", "no", "warning", "ctx.publish(delay=) needs nats-server 2.12"))
+        before = time.time()
+        try:
+            account = await self.link.api("INFO")
+        except BrokerError as error:
+            return [*found, Fact("JetStream", error.message, "error", "start nats-server with -js")]
+        limits = account.get("limits") or {}
+        for field, name in (
+            ("max_storage", "JetStream storage limit"),
+            ("max_streams", "stream limit"),
+            ("max_consumers", "consumer limit"),
+        ):
+            limit = int(limits.get(field, -1))
+            found.append(Fact(name, "none" if limit < 0 else str(limit)))
+        found.append(Fact("JetStream storage used", str(account.get("storage", 0))))
+        found.append(await self._sync_fact())
+        for name in self.wanted:
+            try:
+                ts = (await self.link.api(f"STREAM.INFO.{name.partition('/')[0]}")).get("ts")
+            except BrokerError:
+                continue
+            if ts:
+                off = when(ts) - (before + time.time()) / 2
+                difference = Fact("clock difference", f"{off:+.3f} s")
+                if abs(off) >= 1:
+                    difference = replace(difference, level="warning", hint="keep both clocks in step (NTP)")
+                return [*found, difference]
+        return found
+
+    async def _sync_fact(self) -> Fact:
+        """How soon a confirmed write survives a power cut; ordinary accounts may not read it."""
+        hint = "a power cut may lose the last writes of a single server; sync_interval: always prevents it"
+        try:
+            _, body = await self.link.request("$SYS.REQ.SERVER.PING.JSZ", b"{}", timeout=0.5)
+        except BrokerUnavailable:
+            body = b""
+        found = re.search(rb'"sync_always":\s*(true)|"sync_interval":\s*(\d+)', body)
+        if found is None:
+            return Fact("sync_interval", "not readable (server default: 2m)", "ok", hint)
+        if found[1]:
+            return Fact("sync_interval", "always")
+        return Fact("sync_interval", f"{int(found[2]) / 1e9:g} s", "ok", hint)
+
     # --- healing ---
 
     async def heal(self, subscription: Subscription, floor: int) -> list[str]:
         """Makes again what `subscription` needs and is gone; returns what that was. Raises BrokerError."""
-        channel = self.topology.channels[subscription.channel]
+        channel, names = self.topology.channels[subscription.channel], self.names
         stream, durable = self.stream(channel), safe(subscription.group)
         healed: list[str] = []
-        for name in (stream, self.resources.names.state, self.resources.names.inbox):
-            if await self._missing(f"STREAM.INFO.{name}"):
+        for name in (stream, names.state, names.inbox, names.later):
+            if await self.resources.config(name) is None:
                 await self._make(name)
                 healed.append(f"stream {name}")
-        await self.resources.create_redrive(self.resources.names.redrive_durable(subscription, channel))
-        if await self._missing(f"CONSUMER.INFO.{stream}.{durable}"):
+        redriven, subject = names.redrive_durable(subscription, channel), names.redrive_subject(subscription, channel)
+        await self.resources.create_reader(names.inbox, redriven, subject)
+        await self.resources.create_reader(names.later, names.relay, f"{names.later_root}due")
+        if await self.resources.config(stream, durable) is None:
             wanted = self.wanted.get(f"{stream}/{durable}")
             if wanted is None:
                 raise ResourceMissing(f"consumer {stream}/{durable} is gone", hint="run `orchestrator apply`")
-            log = channel.mode is Mode.LOG and f"stream {stream}" not in healed
-            await self.resources.heal_consumer(wanted, floor if log else 0)
+            after = 0 if f"stream {stream}" in healed else floor
+            # wherever it once began: what came before that is below the floor, and what came since must not be skipped
+            start = {"deliver_policy": "by_start_sequence", "opt_start_seq": after + 1}
+            await self.resources.create(wanted, start=start if channel.mode is Mode.LOG else None)
             healed.append(f"consumer {stream}/{durable}")
         return healed
-
-    async def heal_later(self) -> bool:
-        """Makes the internal stream of delayed events again; whether it was gone."""
-        names = self.resources.names
-        if gone := await self._missing(f"STREAM.INFO.{names.later}"):
-            await self._make(names.later)
-        else:
-            await self.resources.create_relay()
-        return gone
-
-    async def _missing(self, verb: str) -> bool:
-        try:
-            await self.link.api(verb)
-        except ResourceMissing:
-            return True
-        return False
 
     async def _make(self, stream: str) -> None:
         wanted = self.wanted.get(stream)
@@ -145,11 +372,10 @@ class NatsConnection(Operations):
             )
         await self.resources.create(wanted)
 
-    async def _recreate(self, stream: str, channel: Channel | None) -> None:
+    async def recreate(self, stream: str, channel: Channel | None) -> None:
         """A publish found nobody listening. Returns when the stream is there (again)."""
-        try:
-            config: Json = (await self.link.api(f"STREAM.INFO.{stream}"))["config"]
-        except ResourceMissing:
+        config = await self.resources.config(stream)
+        if config is None:
             await self._make(stream)
             self.alarm(f"stream {stream} was deleted from outside and has been created again; what it held is lost")
             return
@@ -162,14 +388,19 @@ class NatsConnection(Operations):
             )
         raise BrokerUnavailable(f"stream {stream} does not answer yet")
 
+    def refused(self, channel: str, error: BaseException) -> None:
+        """Delayed events wait where they are; people hear of it once for each reason."""
+        if str(error) != self._refusal:
+            self._refusal = str(error)
+            self.alarm(f"delayed events for channel {channel!r} wait: {error}")
+
     def alarm(self, message: str) -> None:
         _log.warning(message)
         for sink in self.sinks:
             sink.alarm(message)
 
     async def close(self) -> None:
-        await self.relay.close()
-        await self.publisher.close()
+        await self._producer.close()
         await self.link.close()
 
 

@@ -10,19 +10,52 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from orchestrator.brokers.base import FRESH, Delivery, Done, Ended, History, Left, Outgoing, Sink
-from orchestrator.brokers.nats.client import Raw, headers_of
-from orchestrator.brokers.nats.delivery import NatsDelivery, Record
-from orchestrator.brokers.nats.vigil import Vigil
+from orchestrator.brokers.nats.client import headers_of, public_headers
+from orchestrator.brokers.nats.producer import head
+from orchestrator.brokers.nats.resources import LATER_CHANNEL, LATER_ID, LATER_SUBJECT, REDRIVEN_TYPE
+from orchestrator.brokers.nats.vigil import DUE_ROOM, Lane, Record, Vigil
 from orchestrator.errors import OrchestratorError
-
-if TYPE_CHECKING:
-    pass
+from orchestrator.topology.model import Mode
 
 _REMEMBERED = 65536  # events given back unstarted
 _EARLY = 0.02  # seconds before its time that a retry may be handed out
+_AGAIN = 5.0  # seconds until a delayed event that its channel refused is tried again
+
+
+class NatsDelivery(Delivery):
+    """Carries what settling needs. Equal sequences in the same lane are the same event."""
+
+    __slots__ = ("count", "key", "lane", "order", "reply", "stamp", "stored")
+
+    def __init__(  # one call a delivery: it does not go through the base's keyword arguments
+        self, lane: Lane, channel: str, prefix: int, subject: bytes, reply: bytes, header: bytes | None, body: bytes
+    ) -> None:
+        parts = reply.split(b".")
+        shift = 2 if len(parts) > 9 else 0
+        self.lane = lane
+        self.reply = reply  # empty: its stream is gone, there is nothing to settle
+        self.count = int(parts[4 + shift])
+        self.key = parts[5 + shift]
+        self.order = parts[6 + shift]
+        self.stamp = parts[7 + shift]
+        self.stored = False  # a history lies in the state stream
+        self.body = body
+        self.headers = public_headers(header)
+        self.event_type = subject[prefix:].decode("utf-8", "surrogateescape")
+        self.channel = channel
+        self.token = reply
+        self.redelivered = False
+        self.history = FRESH
+
+    @property
+    def position(self) -> str:  # type: ignore[override]  # made when it is asked for
+        return f"{self.lane.stream}:{self.key.decode()}"
+
+    @property
+    def time(self) -> float:  # type: ignore[override]
+        return int(self.stamp) / 1e9
 
 
 class _Settling:
@@ -61,13 +94,12 @@ class NatsConsumer(Vigil):
             self._client.unlisten(self._bell_sid)
             raise
         self._connection.sinks.append(sink)
-        self._main.open()
-        self._redrive.open()
-        if self._connection.schedules:
-            self._connection.relay.open()
+        for lane in self._lanes:
+            lane.open()
         self._reading = True
         self._link.listeners.append(self._link_changed)
         self._spawn(self._watch())
+        self._ask()
 
     def _pull(self) -> None:
         self._asked = False
@@ -81,16 +113,18 @@ class NatsConsumer(Vigil):
             self._main.pull(room)
             if self._ringing:
                 self._redrive.pull(1 - len(self._parked))
+        if self._due in self._lanes:
+            self._due.pull(DUE_ROOM - self._moving)
 
     def keep_alive(self) -> None:
-        replies = [delivery.reply.decode() for delivery in list(self._unsettled.values())]
+        replies = [delivery.reply.decode() for delivery in self._unsettled()]
         if replies:
             asyncio.run(self._connection.extend(replies))
 
     async def drain(self) -> None:
         self._reading = False
-        self._main.stop()
-        self._redrive.stop()
+        for lane in self._lanes:
+            lane.stop()
         parked, self._parked = self._parked, []
         self.release(parked)
 
@@ -102,7 +136,7 @@ class NatsConsumer(Vigil):
             self._connection.sinks.remove(self._sink)
         if self._bell_sid:
             self._client.unlisten(self._bell_sid)
-        self.release(list(self._unsettled.values()))
+        self.release(self._unsettled())
         tasks = [*self._tasks, *([self._resuming] if self._resuming else [])]
         for task in tasks:
             task.cancel()
@@ -116,22 +150,47 @@ class NatsConsumer(Vigil):
 
     def _on_redrive(self, subject: bytes, reply: bytes, header: bytes | None, body: bytes) -> None:
         delivery = NatsDelivery(self._redrive, self._channel.name, 0, subject, reply, header, body)
-        delivery.event_type = headers_of(header).get("Nats-Orchestrator-Type")
+        delivery.event_type = headers_of(header).get(REDRIVEN_TYPE)
         self._take(delivery)
         self._ask()  # one at a time is asked for, so the next is asked for here
+
+    def _on_due(self, _subject: bytes, reply: bytes, header: bytes | None, body: bytes) -> None:
+        """What the server's schedule has let go goes on to its own channel, under its own message id: a move that is
+        made twice takes effect once. A schedule can only deliver into its own stream, and a stream that rejects when
+        full cannot hold one; hence the internal stream, and these moves by whichever worker is there."""
+        self._moving += 1
+        headers = headers_of(header)
+        channel = self._connection.topology.channels.get(headers.get(LATER_CHANNEL, ""))
+
+        def done(error: BaseException | None) -> None:
+            self._moving -= 1
+            if error is None:
+                self._client.send(b"PUB %b 4\r\n+ACK\r\n" % reply)
+            else:
+                self._nak(reply, _AGAIN)
+                self._connection.refused(headers.get(LATER_CHANNEL, ""), error)
+            self._ask()
+
+        try:
+            if channel is None:
+                raise OrchestratorError("this topology has no such channel any more")
+            block = head(headers.get(LATER_ID, ""), headers.get("correlation-id", ""), public_headers(header))
+            self._connection.producer().publish(headers[LATER_SUBJECT].encode(), block, body, channel, done)
+        except OrchestratorError as error:
+            done(error)
 
     def _on_bell(self, _subject: bytes, _reply: bytes, _header: bytes | None, _body: bytes) -> None:
         self._ringing = True
         self._ask()
 
     def _take(self, delivery: NatsDelivery) -> None:
-        place = (delivery.lane, delivery.key)
-        running = self._unsettled.get(place)
+        held = delivery.lane.held
+        running = held.get(delivery.key)
         if running is not None and running.stamp == delivery.stamp:
             running.reply = delivery.reply  # a restarted server forgot that we have it: no second copy
             self._ask()
             return
-        self._unsettled[place] = delivery
+        held[delivery.key] = delivery
         if delivery.count > 1:
             self._look_up(delivery)
             return
@@ -148,7 +207,7 @@ class NatsConsumer(Vigil):
         batch, self._batch = self._batch, []
         last = batch[-1]
         if last.lane is self._main and self._trimmed.delivered(int(last.key), int(last.order)):
-            self._spawn(self._check_gap())
+            self._spawn(self._quietly(self._trimmed.check))
         self._hand_out(batch)
 
     def _hand_out(self, batch: list[NatsDelivery]) -> None:
@@ -190,7 +249,7 @@ class NatsConsumer(Vigil):
             return
         finally:
             self._looking -= 1
-        if self._unsettled.get((delivery.lane, delivery.key)) is delivery:
+        if delivery.lane.held.get(delivery.key) is delivery:
             self._judge(delivery, Record.decode(raw.body) if raw is not None else None)
 
     def _judge(self, delivery: NatsDelivery, record: Record | None) -> None:
@@ -225,17 +284,19 @@ class NatsConsumer(Vigil):
                 settling.one(error)
 
     def acknowledge(self, delivery: NatsDelivery) -> None:
-        self._unsettled.pop((delivery.lane, delivery.key), None)
-        self._client.send(b"PUB %b 4\r\n+ACK\r\n" % delivery.reply)
-        if delivery.stored:
-            self._forget(self._subject(delivery))
+        """The only place that settles: the handler has returned and every output is confirmed."""
+        if delivery.reply:
+            delivery.lane.held.pop(delivery.key, None)
+            self._client.send(b"PUB %b 4\r\n+ACK\r\n" % delivery.reply)
+            if delivery.stored:
+                self._forget(self._subject(delivery))
 
     def retry(self, delivery: Delivery, history: History, delay: float, done: Done) -> None:
         assert isinstance(delivery, NatsDelivery)
 
         def stored(error: BaseException | None) -> None:
-            if error is None:
-                self._unsettled.pop((delivery.lane, delivery.key), None)
+            if error is None and delivery.reply:
+                delivery.lane.held.pop(delivery.key, None)
                 self._nak(delivery.reply, delay)
             done(error)
 
@@ -248,12 +309,12 @@ class NatsConsumer(Vigil):
     def release(self, deliveries: Sequence[Delivery]) -> None:
         for delivery in deliveries:
             assert isinstance(delivery, NatsDelivery)
-            if (delivery.lane, delivery.key) in self._unsettled:
+            if delivery.lane.held.get(delivery.key) is delivery:
                 self._give_back(delivery, 0)
 
     def _give_back(self, delivery: NatsDelivery, delay: float) -> None:
         """Uncounted: nobody started it. Other processes do not know that, so to them it is `redelivered`."""
-        del self._unsettled[delivery.lane, delivery.key]
+        del delivery.lane.held[delivery.key]
         if not delivery.redelivered:
             if len(self._given_back) >= _REMEMBERED:
                 self._given_back.clear()
@@ -280,28 +341,23 @@ class NatsConsumer(Vigil):
         history = record.history if record is not None and record.stamp == ghost.stamp else FRESH
         if left.ended is not Ended.RETURNED:
             history = self._sink.on_crash(history, left.ended)
-        stored: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-        def done(error: BaseException | None) -> None:
-            if not stored.done():
-                stored.set_exception(error) if error else stored.set_result(None)
-
-        self._store(ghost, history, done)
-        await stored
+        record = Record(history, ghost.count, ghost.stamp, ghost.reply)
+        await self._connection.producer().store(self._subject(ghost), b"", record.encode(), self._state)
         self._nak(left.token, 0)
 
     async def _is_settled(self, ghost: NatsDelivery) -> bool:
-        """In a queue what is settled is gone; in a log what lies below the acknowledged floor is."""
-        if ghost.lane is self._main and int(ghost.key) <= self._floor:
+        """In a queue what is settled is gone; in a log what lies below the acknowledged floor is. Another event may
+        have the sequence by now, when the stream was made again: the time tells them apart."""
+        raw = await self._link.message(ghost.lane.stream, {"seq": int(ghost.key)})
+        if raw is None or abs(raw.time - ghost.time) > 0.001:
             return True
-        raw: Raw | None = await self._link.message(ghost.lane.stream, {"seq": int(ghost.key)})
-        return raw is None
+        return ghost.lane is self._main and self._channel.mode is Mode.LOG and int(ghost.key) <= self._floor
 
     def _store(self, delivery: NatsDelivery, history: History, done: Done) -> None:
         """Keeps `history`; it accounts for the deliveries so far."""
         record = Record(history, delivery.count, delivery.stamp, delivery.reply)
         delivery.stored = True
-        self._connection.publisher.publish(self._subject(delivery).encode(), b"", record.encode(), self._state, done)
+        self._connection.producer().publish(self._subject(delivery).encode(), b"", record.encode(), self._state, done)
 
     def _subject(self, delivery: NatsDelivery) -> str:
         return f"{self._history_root}{self._suffix(delivery)}"

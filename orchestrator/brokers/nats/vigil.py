@@ -1,6 +1,6 @@
-"""Keeps one consumer consuming: notices what breaks, makes it good, says so, and extends leases meanwhile.
+"""Keeps one consumer consuming: pulls, notices what breaks, makes it good, says so, and extends leases meanwhile.
 
-Walk "an event": what runs beside it. consumer.py builds deliver and settle on top of this.
+Walk "an event": the step before consumer.py takes it, and what runs beside it.
 """
 
 from __future__ import annotations
@@ -8,24 +8,152 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import secrets
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.brokers.base import Sink
-from orchestrator.brokers.nats.delivery import NatsDelivery, Record
-from orchestrator.brokers.nats.pull import Lane
-from orchestrator.brokers.nats.resources import ACK_WAIT, safe
-from orchestrator.brokers.nats.trimmed import LOST, Trimmed
+from orchestrator.brokers.base import History, Sink
+from orchestrator.brokers.nats.client import Json, Link, headers_of, status_of
+from orchestrator.brokers.nats.internals import Receive
+from orchestrator.brokers.nats.resources import ACK_WAIT, LOST, filters_of, safe
 from orchestrator.errors import BrokerError, OrchestratorError, ResourceMissing
 from orchestrator.topology.model import Subscription
 
 if TYPE_CHECKING:
     from orchestrator.brokers.nats.connection import NatsConnection
+    from orchestrator.brokers.nats.consumer import NatsDelivery
 
+_EXPIRES = 30.0  # seconds a request stays with the server
+_HEARTBEAT = 1.0  # seconds between the server's signs of life while there is nothing
+_SILENCE = 2.6  # seconds without any sign until a request counts as lost
 _LOOK = 2.0  # seconds between looks for unread events that were trimmed
 _GRACE = 1.0  # seconds before what is gone is made again
+DUE_ROOM = 64  # delayed events on their last step at a time
+
+
+class Lane:
+    """One durable consumer pulled by one inbox: keeps up to `room` messages requested. Tells `lost(lane, reason,
+    missing)` when a request has ended without them.
+
+    nats-py's fetch() is not used: it goes silent over a server restart and returns nothing when the consumer was
+    deleted.
+    """
+
+    def __init__(
+        self,
+        link: Link,
+        stream: str,
+        durable: str,
+        receive: Receive,
+        late: Receive,
+        lost: Callable[[Lane, str, bool], None],
+    ) -> None:
+        self.stream = stream
+        self.durable = durable
+        self.requested = 0  # messages asked for and not arrived
+        self.held: dict[bytes, NatsDelivery] = {}  # delivered and not settled, by stream sequence
+        self._born = ""  # when the stream was created
+        self._link = link
+        self._receive = receive
+        self._late = late
+        self._lost = lost
+        self._subject = f"{link.api_root}CONSUMER.MSG.NEXT.{stream}.{durable}".encode()
+        self._inbox = b""
+        self._sid = b""
+        self._heard = 0.0
+        self._clock = asyncio.get_running_loop().time
+
+    def open(self) -> None:
+        self._inbox = b"_INBOX." + secrets.token_hex(11).encode()
+        self._sid = self._link.client.listen(self._inbox.decode(), self._on_message)
+        self.requested = 0
+
+    def pull(self, room: int) -> None:
+        """Asks for what is missing to `room`, once half of it is missing: one request serves many events."""
+        missing = room - self.requested
+        if missing > 0 and missing * 2 >= room:
+            ask = b'{"batch":%d,"expires":%d,"idle_heartbeat":%d}' % (missing, _EXPIRES * 1e9, _HEARTBEAT * 1e9)
+            if not self.requested:
+                self._heard = self._clock()
+            self.requested += missing
+            self._link.client.send(b"PUB %b %b %d\r\n%b\r\n" % (self._subject, self._inbox, len(ask), ask))
+
+    def stop(self) -> None:
+        """Withdraws every request; what is on its way goes to `late`."""
+        if self._sid:
+            self._link.client.unlisten(self._sid, self._late)
+            self._sid = b""
+        self.requested = 0
+
+    def of(self, stream: Json) -> None:
+        """Told STREAM.INFO. A stream that was made again counts from 1 once more: what was delivered before can no
+        longer be settled, and an acknowledgement of it would settle another event, which nobody has handled."""
+        if self._born not in ("", stream["created"]):
+            for delivery in self.held.values():
+                delivery.reply = b""
+            self.held.clear()
+        self._born = stream["created"]
+
+    def restart(self) -> None:
+        """Withdraws every request and starts with a new inbox."""
+        self.stop()
+        self.open()
+
+    def check(self) -> bool:
+        """False when the server has been silent for too long; the requests are then withdrawn."""
+        if not self.requested or not self._link.connected or self._clock() - self._heard < _SILENCE:
+            return True
+        self.restart()
+        return False
+
+    def _on_message(self, subject: bytes, reply: bytes, header: bytes | None, body: bytes) -> None:
+        self._heard = self._clock()
+        if reply.startswith(b"$JS.ACK."):
+            if self.requested:
+                self.requested -= 1
+            self._receive(subject, reply, header, body)
+            return
+        code, words = status_of(header)
+        if code == 100:
+            return
+        left = headers_of(header).get("Nats-Pending-Messages", "")
+        if left.isdigit():
+            self.requested = max(0, self.requested - int(left))
+        elif code:
+            self.requested = 0
+        if code == 503:
+            self._lost(self, "the stream or consumer does not answer", True)
+        elif code == 409 and "deleted" in words.lower():
+            self._lost(self, words, True)
+        else:  # 408 expired, 404 nothing, other 409: ask again
+            self._lost(self, words, False)
+
+
+class Record:
+    """A history as it is stored: with the delivery that it accounts for, and the stamp of the event it is about."""
+
+    __slots__ = ("count", "history", "reply", "stamp")
+
+    def __init__(self, history: History, count: int, stamp: bytes, reply: bytes) -> None:
+        self.history = history
+        self.count = count
+        self.stamp = stamp
+        self.reply = reply
+
+    def encode(self) -> bytes:
+        known = self.history.encode()[:-1]  # "{" or '{"attempts":1'
+        comma = b"," if len(known) > 1 else b""
+        return b'%b%b"~n":%d,"~t":"%b","~r":"%b"}' % (known, comma, self.count, self.stamp, self.reply)
+
+    @classmethod
+    def decode(cls, data: bytes) -> Record | None:
+        try:
+            raw = json.loads(data)
+            return cls(History.decode(data), int(raw["~n"]), str(raw["~t"]).encode(), str(raw["~r"]).encode())
+        except (ValueError, KeyError, TypeError):
+            return None  # not ours: whoever wrote it, the event is then as good as fresh
 
 
 class Vigil(ABC):
@@ -38,29 +166,30 @@ class Vigil(ABC):
         self._subscription = subscription
         self._channel = connection.topology.channels[subscription.channel]
         self._slot = slot
-        names = connection.resources.names
+        names = connection.names
         self._history_root = names.history_root(subscription, self._channel)
         self._state = names.state
-        self._purge = self._link.api_subject(f"STREAM.PURGE.{names.state}").encode()
+        self._purge = f"{self._link.api_root}STREAM.PURGE.{names.state}".encode()
         self._prefix = len(connection.broker.prefix.encode())
-        stream = safe(self._channel.address)
-        self._main = Lane(self._link, stream, safe(subscription.group), self._on_main, self._on_late, self._on_lost)
-        durable = names.redrive_durable(subscription, self._channel)
-        self._redrive = Lane(self._link, names.inbox, durable, self._on_redrive, self._on_late, self._on_lost)
         self._redrive_subject = names.redrive_subject(subscription, self._channel)
         self._bell = names.bell(subscription, self._channel)
         self._bell_sid = b""
         self._ringing = False  # redriven events are there, or were
+        stream, durable = safe(self._channel.address), safe(subscription.group)
+        redriven = names.redrive_durable(subscription, self._channel)
+        self._main = Lane(self._link, stream, durable, self._on_main, self._on_late, self._on_lost)
+        self._redrive = Lane(self._link, names.inbox, redriven, self._on_redrive, self._on_late, self._on_lost)
+        self._due = Lane(self._link, names.later, names.relay, self._on_due, self._on_late, self._on_lost)
+        self._lanes = [self._main, self._redrive, *([self._due] if connection.schedules else [])]
+        self._moving = 0  # delayed events on their last step
         self._send = connection.producer().send
         channel = self._channel
         exact = set(subscription.events) == set(channel.events) and not channel.external and not channel.dead_letters
-        lost = self._history_root + LOST
-        self._trimmed = Trimmed(self._link, connection.publisher, names.state, lost, exact, self._alarm)
+        self._trimmed = Trimmed(connection, stream, self._history_root + LOST, exact, self._alarm)
         self._looked = 0.0
         self._sink: Sink | None = None
         self._free = 0
         self._looking = 0  # redeliveries whose history is being read
-        self._unsettled: dict[tuple[Lane, bytes], NatsDelivery] = {}
         self._batch: list[NatsDelivery] = []
         self._parked: list[NatsDelivery] = []  # one redriven event may wait for a slot
         self._known: dict[str, Record] = {}  # histories at the last (re)connect
@@ -84,6 +213,10 @@ class Vigil(ABC):
         """A redriven event."""
 
     @abstractmethod
+    def _on_due(self, subject: bytes, reply: bytes, header: bytes | None, body: bytes) -> None:
+        """A delayed event whose time has come."""
+
+    @abstractmethod
     def _pull(self) -> None:
         """Asks the server for what there is room for."""
 
@@ -103,21 +236,21 @@ class Vigil(ABC):
 
     async def _prepare(self) -> None:
         """Reads position and histories. Raises ResourceMissing or BrokerUnavailable."""
-        lane, inbox = self._main, self._redrive
-        info = await self._link.api(f"CONSUMER.INFO.{lane.stream}.{lane.durable}")
-        self._floor = int(info["ack_floor"]["stream_seq"])
-        self._lease = float(info["config"]["ack_wait"]) / 1e9
-        await self._trimmed.look(lane.stream, info)
+        await self._look()
+        inbox, due = self._redrive, self._due
         held = await self._link.api(f"STREAM.INFO.{inbox.stream}", {"subjects_filter": self._redrive_subject})
+        inbox.of(held)
         if held["state"].get("subjects"):
             await self._link.api(f"CONSUMER.INFO.{inbox.stream}.{inbox.durable}")
             self._ringing = True
+        if due in self._lanes:
+            await self._link.api(f"CONSUMER.INFO.{due.stream}.{due.durable}")
         known: dict[str, Record] = {}
         async for raw in self._link.read(self._state, subject=self._history_root + "*"):
             suffix = raw.subject.rpartition(".")[2]
-            record = Record.decode(raw.body)
             if suffix == LOST:
                 continue
+            record = Record.decode(raw.body)
             if suffix.isdigit() and int(suffix) <= self._floor:
                 self._forget(raw.subject)  # settled, and its worker died before it could forget
             elif record is not None:
@@ -158,8 +291,8 @@ class Vigil(ABC):
             self._resuming = None
         if self._reading:
             self._remind()
-            self._main.restart()
-            self._redrive.restart()
+            for lane in self._lanes:
+                lane.restart()
             self._say(None)
             self._ask()
 
@@ -193,28 +326,35 @@ class Vigil(ABC):
                 self._say(self._link.unavailable().message)  # the reason may be known by now
                 continue
             if self._reading and self._resuming is None:
-                quiet = [lane for lane in (self._main, self._redrive) if not lane.check()]
+                quiet = [lane for lane in self._lanes if not lane.check()]
                 if quiet:
                     self._resume(f"no sign of life of {quiet[0].stream}/{quiet[0].durable}")
             now = self._clock()
             if self._reading and now - self._looked >= _LOOK:
                 self._looked = now
-                self._spawn(self._look())
+                self._spawn(self._quietly(self._look))
             if now - self._extended >= self._lease / 3:
                 self._extended = now
-                for delivery in self._unsettled.values():
+                for delivery in self._unsettled():
                     self._client.send(b"PUB %b 4\r\n+WPI\r\n" % delivery.reply)
 
-    async def _check_gap(self) -> None:
-        with contextlib.suppress(BrokerError):  # as above: the next gap or look finds it
-            await self._trimmed.check(self._main.stream)
+    def _unsettled(self) -> list[NatsDelivery]:
+        return [*self._main.held.values(), *self._redrive.held.values()]
 
     async def _look(self) -> None:
-        stream, durable = self._main.stream, self._main.durable
-        with contextlib.suppress(BrokerError):  # the pull loop reports and heals; this looks again in two seconds
-            info = await self._link.api(f"CONSUMER.INFO.{stream}.{durable}")
-            self._floor = int(info["ack_floor"]["stream_seq"])
-            await self._trimmed.look(stream, info)
+        """What the server says of the subscription: its position, its lease, and whether events went unread. `_floor`
+        is for logs, where it can only be too low; in a queue settled is what the stream no longer holds."""
+        lane = self._main
+        info = await self._link.api(f"CONSUMER.INFO.{lane.stream}.{lane.durable}")
+        stream = await self._link.api(f"STREAM.INFO.{lane.stream}")
+        lane.of(stream)
+        self._floor = int(info["ack_floor"]["stream_seq"])
+        self._lease = float(info["config"]["ack_wait"]) / 1e9
+        await self._trimmed.look(info, int(stream["state"]["first_seq"]))
+
+    async def _quietly(self, look: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        with contextlib.suppress(BrokerError):  # the pull loop reports and heals; the next look finds it
+            await look()
 
     def _forget(self, subject: str) -> None:
         body = json.dumps({"filter": subject}).encode()
@@ -239,3 +379,82 @@ class Vigil(ABC):
         task = asyncio.create_task(work, name=f"nats-{self._slot}")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+class Trimmed:
+    """Notices events that the channel's limits removed before this subscription had read them.
+
+    JetStream says nothing of it: the consumer just goes on behind the gap. So a gap in what is delivered is compared
+    with where the stream now begins; and each worker looks every two seconds, and at its start, whether the stream
+    begins behind what was delivered last. What was lost is kept beside the histories, so that `status` knows it and
+    nobody is told twice. `exact`: the subscription reads all that its stream takes, so that gaps can be counted.
+    """
+
+    def __init__(
+        self, connection: NatsConnection, stream: str, subject: str, exact: bool, alarm: Callable[[str], None]
+    ) -> None:
+        self._link = connection.link
+        self._producer = connection.producer()
+        self._state = connection.names.state
+        self._stream = stream
+        self._subject = subject
+        self._exact = exact
+        self._alarm = alarm
+        self._oldest = 0  # of a subscription that reads a part: the first event that was unread at the last look
+        self._last = (0, 0)  # stream and consumer sequence of the newest delivery
+        self._from, self._gap = 0, 0
+
+    def delivered(self, stream_seq: int, consumer_seq: int) -> bool:
+        """Told of the newest of each batch; True when something is missing before it, for which check() is due."""
+        if not self._exact:
+            return False
+        seq, order = self._last
+        gap = (stream_seq - seq) - (consumer_seq - order)
+        self._last = (stream_seq, consumer_seq)
+        if gap > 0:
+            self._from = self._from or seq
+            self._gap += gap
+        return gap > 0
+
+    async def check(self) -> None:
+        """Whether the gap that deliveries showed was trimmed, or removed one by one. Raises BrokerError."""
+        start, gap = self._from, self._gap
+        self._from = self._gap = 0
+        first = int((await self._link.api(f"STREAM.INFO.{self._stream}"))["state"]["first_seq"])
+        if gap and first > start + 1:
+            await self._remember(start, first, gap)
+
+    async def look(self, consumer: Json, first: int) -> None:
+        """`consumer` is a fresh CONSUMER.INFO, `first` where the stream begins. Raises BrokerError."""
+        delivered = int(consumer["delivered"]["stream_seq"])
+        if self._exact:
+            self._last = max(self._last, (delivered, int(consumer["delivered"]["consumer_seq"])))
+            if first - 1 > delivered:
+                await self._remember(delivered, first, first)
+            return
+        # events of other readers leave the stream too: only one that was seen waiting can have been lost
+        if delivered < self._oldest < first:
+            await self._remember(self._oldest - 1, first, 1)
+        self._oldest = 0
+        for subject in filters_of(consumer["config"]) if consumer.get("num_pending") else ():
+            raw = await self._link.message(self._stream, {"seq": delivered + 1, "next_by_subj": subject})
+            if raw is not None:
+                self._oldest = min(raw.seq, self._oldest or raw.seq)
+
+    async def _remember(self, seen: int, first: int, most: int) -> None:
+        """Events after `seen` and before `first` were trimmed, at most `most` of them ours."""
+        raw = await self._link.message(self._state, {"last_by_subj": self._subject})
+        known: Json = json.loads(raw.body) if raw is not None else {"lost": 0, "upto": 0}
+        lost = min(most, first - 1 - max(seen, int(known["upto"])))
+        if lost <= 0:
+            return
+        body = json.dumps({"lost": int(known["lost"]) + lost, "upto": first - 1}).encode()
+        header = f"NATS/1.0\r\nNats-Expected-Last-Subject-Sequence: {raw.seq if raw is not None else 0}\r\n\r\n"
+        try:
+            await self._producer.store(self._subject, header.encode(), body, self._state)
+        except BrokerError:
+            return  # another replica has just said the same
+        at_least = "" if self._exact else "at least "
+        self._alarm(
+            f"{at_least}{lost} unread events were trimmed from {self._stream}: raise its retention or read faster"
+        )
