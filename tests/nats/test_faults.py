@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 
-from orchestrator.brokers.base import Delivery, History
+from orchestrator.brokers.base import Delivery, Ended, History, Left
 from orchestrator.brokers.nats import adapter
 from orchestrator.brokers.nats.resources import safe
 from orchestrator.errors import BrokerError, BrokerUnavailable, ResourceMissing
@@ -197,3 +197,76 @@ async def test_server_without_jetstream_is_said() -> None:
             assert "JetStream" in str(caught.value)
     finally:
         server.close()
+
+
+async def test_old_acknowledgement_does_not_settle_a_renewed_streams_event(server: NatsServer) -> None:
+    """A stream that is made again counts from 1 once more, so what is in flight shares its number with a new event."""
+    async with rig(server.url) as made, rig(server.url, made.topology) as elsewhere:
+        consumer, sink = await made.consumer()
+        await made.publish(made.event())
+        consumer.demand(1)
+        (old,) = await sink.take()
+        await made.connection.link.api(f"STREAM.DELETE.{safe(made.channel('tasks').address)}")
+        consumer.demand(1)
+        await until(lambda: sink.alarms and sink.troubles[-1] is None, "healed", 8)
+        consumer.demand(0)
+        fresh = made.event()
+        await made.publish(fresh)
+        other, found = await elsewhere.consumer(slot="research.1")
+        other.demand(1)
+        (new,) = await found.take()
+        assert new.position == old.position
+        await finished(consumer.settle, old, [made.event("agent.started", "events")])
+        await finished(consumer.retry, old, History(attempts=1), 0.0)
+        consumer.release([old])
+        await made.connection.link.client.flush()
+        assert await made.connection.count(made.channel("tasks")) == 1
+        other.release([new])
+        other.demand(1)
+        (again,) = await found.take()
+        assert (again.body, again.history) == (fresh.body, History())
+        await other.close()
+        await consumer.close()
+
+
+async def test_successor_leaves_a_renewed_streams_event_alone(server: NatsServer) -> None:
+    async with rig(server.url) as made:
+        dead, sink = await made.consumer()
+        await made.publish(made.event())
+        dead.demand(1)
+        (old,) = await sink.take()
+        await dead.drain()
+        await made.connection.link.api(f"STREAM.DELETE.{safe(made.channel('tasks').address)}")
+        await made.apply()
+        await made.publish(made.event())
+        heir, found = await made.consumer()
+        await heir.recover([Left(old.token, Ended.STARTED)])
+        assert not found.crashes
+        heir.demand(1)
+        (new,) = await found.take()
+        assert (new.position, new.history) == (old.position, History())
+        await heir.close()
+        await dead.close()
+
+
+@pytest.mark.parametrize("what", ["CONSUMER.DELETE.{stream}.{durable}", "STREAM.DELETE.{stream}"])
+async def test_healed_reader_that_began_at_the_latest_skips_nothing(server: NatsServer, what: str) -> None:
+    plan = topology(server.url)
+    audit = plan.agents["audit"]
+    late = replace(audit, subscriptions=(replace(audit.subscriptions[0], start="latest"),))
+    async with rig(server.url, replace(plan, agents={**plan.agents, "audit": late})) as made:
+        consumer, sink = await made.consumer("audit")
+        stream, durable = safe(made.channel("events").address), safe(made.subscription("audit").group)
+        consumer.demand(1)
+        await made.publish(made.event("agent.started", "events"))
+        (first,) = await sink.take()
+        await made.connection.link.api(what.format(stream=stream, durable=durable))
+        await until(lambda: any(sink.troubles), "seen, though every slot is busy", 5)
+        if what.startswith("STREAM"):
+            await until(lambda: sink.alarms, "healed", 8)
+        unread = made.event("agent.completed", "events")
+        await made.publish(unread)
+        consumer.demand(8)
+        await until(lambda: unread.body in {d.body for d in sink.deliveries}, "what came meanwhile is read", 8)
+        await finished(consumer.settle, first, [])
+        await consumer.close()

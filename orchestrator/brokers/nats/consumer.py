@@ -3,6 +3,11 @@
 Walk "an event that dies": the adapter's part. The history of an event lies in the state stream under the sequence of
 the event; it is written before the event is given back, so a crash in between costs a rerun and never an attempt. A
 first delivery reads nothing: see docs/adr/0003.
+
+Why nothing is settled unhandled: one frame settles, the +ACK of `acknowledge`, sent when the last output is confirmed.
+It names the sequence that was delivered, and Lane.of keeps it from meaning another event once the stream was made
+again. Whatever else takes an event for settled (`_is_settled`, histories below `_floor`) only skips bookkeeping: if it
+were wrong, the event would still be pending on the server, and come again when its lease ends.
 """
 
 from __future__ import annotations
@@ -13,7 +18,7 @@ from collections.abc import Sequence
 
 from orchestrator.brokers.base import FRESH, Delivery, Done, Ended, History, Left, Outgoing, Sink
 from orchestrator.brokers.nats.client import headers_of, public_headers
-from orchestrator.brokers.nats.producer import head
+from orchestrator.brokers.nats.producer import SUBJECT, head
 from orchestrator.brokers.nats.resources import LATER_CHANNEL, LATER_ID, LATER_SUBJECT, REDRIVEN_TYPE
 from orchestrator.brokers.nats.vigil import DUE_ROOM, Lane, Record, Vigil
 from orchestrator.errors import OrchestratorError
@@ -56,28 +61,6 @@ class NatsDelivery(Delivery):
     @property
     def time(self) -> float:  # type: ignore[override]
         return int(self.stamp) / 1e9
-
-
-class _Settling:
-    """Counts the outputs of one delivery down; the event is acknowledged after the last."""
-
-    __slots__ = ("consumer", "delivery", "done", "error", "left")
-
-    def __init__(self, consumer: NatsConsumer, delivery: NatsDelivery, left: int, done: Done) -> None:
-        self.consumer = consumer
-        self.delivery = delivery
-        self.left = left
-        self.done = done
-        self.error: BaseException | None = None
-
-    def one(self, error: BaseException | None) -> None:
-        self.left -= 1
-        if error is not None and self.error is None:
-            self.error = error
-        if not self.left:
-            if self.error is None:
-                self.consumer.acknowledge(self.delivery)
-            self.done(self.error)
 
 
 class NatsConsumer(Vigil):
@@ -160,7 +143,7 @@ class NatsConsumer(Vigil):
         full cannot hold one; hence the internal stream, and these moves by whichever worker is there."""
         self._moving += 1
         headers = headers_of(header)
-        channel = self._connection.topology.channels.get(headers.get(LATER_CHANNEL, ""))
+        name, subject = headers.get(LATER_CHANNEL, ""), headers.get(LATER_SUBJECT, "")
 
         def done(error: BaseException | None) -> None:
             self._moving -= 1
@@ -168,14 +151,15 @@ class NatsConsumer(Vigil):
                 self._client.send(b"PUB %b 4\r\n+ACK\r\n" % reply)
             else:
                 self._nak(reply, _AGAIN)
-                self._connection.refused(headers.get(LATER_CHANNEL, ""), error)
+                self._connection.refused(name, error)
             self._ask()
 
         try:
-            if channel is None:
+            channel = self._connection.topology.channels.get(name)
+            if channel is None or not SUBJECT.fullmatch(subject):
                 raise OrchestratorError("this topology has no such channel any more")
             block = head(headers.get(LATER_ID, ""), headers.get("correlation-id", ""), public_headers(header))
-            self._connection.producer().publish(headers[LATER_SUBJECT].encode(), block, body, channel, done)
+            self._connection.producer().publish(subject.encode(), block, body, channel, done)
         except OrchestratorError as error:
             done(error)
 
@@ -276,15 +260,25 @@ class NatsConsumer(Vigil):
             self.acknowledge(delivery)
             done(None)
             return
-        settling = _Settling(self, delivery, len(outputs), done)
+        left, failure = len(outputs), None
+
+        def one(error: BaseException | None) -> None:
+            nonlocal left, failure
+            left -= 1
+            failure = failure or error
+            if not left:
+                if failure is None:
+                    self.acknowledge(delivery)
+                done(failure)
+
         for message in outputs:
             try:
-                self._send(message, settling.one)
+                self._send(message, one)
             except OrchestratorError as error:
-                settling.one(error)
+                one(error)
 
     def acknowledge(self, delivery: NatsDelivery) -> None:
-        """The only place that settles: the handler has returned and every output is confirmed."""
+        """The only place that settles."""
         if delivery.reply:
             delivery.lane.held.pop(delivery.key, None)
             self._client.send(b"PUB %b 4\r\n+ACK\r\n" % delivery.reply)
@@ -355,6 +349,9 @@ class NatsConsumer(Vigil):
 
     def _store(self, delivery: NatsDelivery, history: History, done: Done) -> None:
         """Keeps `history`; it accounts for the deliveries so far."""
+        if not delivery.reply:
+            done(None)
+            return
         record = Record(history, delivery.count, delivery.stamp, delivery.reply)
         delivery.stored = True
         self._connection.producer().publish(self._subject(delivery).encode(), b"", record.encode(), self._state, done)

@@ -38,27 +38,18 @@ _HINTS = {
     10054: "raise max_payload of the stream or publish a reference",
 }
 
-_SUBJECT = re.compile(r"[^\s.*>\x00-\x1f\x7f]+(\.[^\s.*>\x00-\x1f\x7f]+)*")
+SUBJECT = re.compile(r"[^\s.*>\x00-\x1f\x7f]+(\.[^\s.*>\x00-\x1f\x7f]+)*")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f%]")
 _LINE_BREAK = re.compile(r"[\r\n\x00]")
 _UNSAFE_TOKEN = re.compile(r"[\s.*>\x00-\x1f\x7f]")
 
 
-class _Publish:
-    """One frame on its way. `done` is called once."""
+#: A frame on its way: its bytes, where it goes (an internal stream by its name), whom to tell, when it was sent.
+_Publish = tuple[bytes, Channel | str, Done, int]
 
-    __slots__ = ("done", "frame", "home", "sent", "token")
 
-    def __init__(self, token: bytes, frame: bytes, home: Channel | str, done: Done) -> None:
-        self.token = token
-        self.frame = frame
-        self.home = home
-        self.done = done
-        self.sent = _UNSENT
-
-    @property
-    def stream(self) -> str:
-        return self.home if isinstance(self.home, str) else safe(self.home.address)
+def _stream(home: Channel | str) -> str:
+    return home if isinstance(home, str) else safe(home.address)
 
 
 class NatsProducer:
@@ -68,9 +59,10 @@ class NatsProducer:
         self._connection = connection
         self._link = connection.link
         self._client = connection.link.client
-        self._open: dict[bytes, _Publish] = {}
+        self._open: dict[bytes, _Publish] = {}  # by reply token
         self._count = 0
         self._bytes = 0
+        self._most = self._link.max_payload
         self._healing: dict[str, asyncio.Task[None]] = {}
         self._waiters: list[asyncio.Future[None]] = []
         self._emptied: asyncio.Event | None = None
@@ -107,7 +99,7 @@ class NatsProducer:
         self.publish(subject, header, message.body, home, done)
 
     def reply(self, address: str, message: Outgoing, done: Done) -> None:
-        if not _SUBJECT.fullmatch(address) or self._connection.takes(address):
+        if not SUBJECT.fullmatch(address) or self._connection.takes(address):
             raise PublishRejected(f"{address!r} is no reply address", hint="reply-to must be a NATS inbox subject")
         if not self._link.connected:
             done(self._link.unavailable())
@@ -121,11 +113,11 @@ class NatsProducer:
     def _subject(self, message: Outgoing) -> bytes:
         if message.channel.dead_letters and "dlq-agent" in message.headers:
             agent = _UNSAFE_TOKEN.sub("_", message.headers["dlq-agent"]) or "_"
-            kind = message.event_type if _SUBJECT.fullmatch(message.event_type) else "_"
+            kind = message.event_type if SUBJECT.fullmatch(message.event_type) else "_"
             return f"{letters_root(message.channel)}.{agent}.{kind}".encode()
         subject = self._subjects.get(message.event_type)
         if subject is None:
-            if not _SUBJECT.fullmatch(message.event_type) or message.event_type.startswith("$"):
+            if not SUBJECT.fullmatch(message.event_type) or message.event_type.startswith("$"):
                 raise PublishRejected(
                     f"the event type {message.event_type!r} is no NATS subject",
                     hint="use words joined by dots, without spaces, * and >",
@@ -159,12 +151,11 @@ class NatsProducer:
 
         Raises PublishRejected when the server would not take the size."""
         size = len(header) + len(body)
-        link = self._link
-        if size > link.max_payload:
+        if size > self._most:
             raise PublishRejected(
-                f"the event takes {size} bytes, NATS at {link.url} accepts {link.max_payload}",
+                f"the event takes {size} bytes, NATS at {self._link.url} accepts {self._most}",
                 hint="store the data elsewhere and publish a reference, or raise max_payload on the server",
-                limit=link.max_payload - len(header),
+                limit=self._most - len(header),
             )
         self._count += 1
         token = b"%x" % self._count
@@ -172,11 +163,12 @@ class NatsProducer:
             frame = b"HPUB %b %b%b %d %d\r\n%b%b\r\n" % (subject, self._inbox, token, len(header), size, header, body)
         else:
             frame = b"PUB %b %b%b %d\r\n%b\r\n" % (subject, self._inbox, token, size, body)
-        entry = self._open[token] = _Publish(token, frame, home, done)
         self._bytes += len(frame)
-        if link.connected:
-            entry.sent = self._now
+        if self._client.is_connected:
+            self._open[token] = (frame, home, done, self._now)
             self._client.send(frame)
+        else:
+            self._open[token] = (frame, home, done, _UNSENT)
 
     async def store(self, subject: str, header: bytes, body: bytes, home: str) -> None:
         """Publishes to an internal stream; returns when it is confirmed. Raises BrokerError."""
@@ -190,23 +182,22 @@ class NatsProducer:
         await stored
 
     def _on_ack(self, subject: bytes, _reply: bytes, header: bytes | None, body: bytes) -> None:
-        entry = self._open.get(subject[self._cut :])
-        if entry is None:
-            return  # the answer to a frame that was sent again, or given up
         if body.startswith(b'{"stream"'):
-            self._finish(entry, None)
+            self._finish(subject[self._cut :], None)
         else:
-            self._refused(entry, header, body)
+            self._refused(subject[self._cut :], header, body)
 
-    def _finish(self, entry: _Publish, error: BaseException | None) -> None:
-        if self._open.pop(entry.token, None) is None:
-            return
-        self._bytes -= len(entry.frame)
+    def _finish(self, token: bytes, error: BaseException | None) -> None:
+        entry = self._open.pop(token, None)
+        if entry is None:
+            return  # the second answer to a frame that was sent again
+        frame, _, done, _ = entry
+        self._bytes -= len(frame)
         if self._emptied is not None and not self._open:
             self._emptied.set()
         if self._waiters and self.ready:
             self._wake()
-        entry.done(error)
+        done(error)
 
     def _wake(self) -> None:
         waiters, self._waiters = self._waiters, []
@@ -214,70 +205,72 @@ class NatsProducer:
             if not waiter.done():
                 waiter.set_result(None)
 
-    def _refused(self, entry: _Publish, header: bytes | None, body: bytes) -> None:
+    def _refused(self, token: bytes, header: bytes | None, body: bytes) -> None:
         """Anything but a plain acknowledgement: a missing stream is made again, the rest is reported."""
+        entry = self._open.get(token)
+        if entry is None:
+            return
         status, words = status_of(header)
         if status == 503:
-            entry.sent = _UNSENT  # sent again once the stream is known to be there
-            if entry.stream not in self._healing:
-                self._healing[entry.stream] = asyncio.create_task(self._heal(entry.stream, entry.home))
+            frame, home, done, _ = entry
+            self._open[token] = (frame, home, done, _UNSENT)  # sent again once the stream is known to be there
+            if (stream := _stream(home)) not in self._healing:
+                self._healing[stream] = asyncio.create_task(self._heal(stream, home))
             return
         code, text = 0, words or body[:200].decode("utf-8", "replace")
         try:
             answer = json.loads(body)
             if "error" not in answer:
-                self._finish(entry, None)
+                self._finish(token, None)
                 return
             code = int(answer["error"].get("err_code", 0))
             text = str(answer["error"].get("description", text))
         except ValueError:
             pass  # no JSON: the words we have say it
-        if code in _PASSING:
-            entry.sent = self._now  # sent again by the watch
-            return
-        self._finish(entry, PublishRejected(f"NATS refused the event: {text} ({code})", hint=_HINTS.get(code)))
+        if code not in _PASSING:  # those are sent again by the watch
+            self._finish(token, PublishRejected(f"NATS refused the event: {text} ({code})", hint=_HINTS.get(code)))
 
     async def _heal(self, name: str, home: Channel | str) -> None:
         """Nobody listened on a subject: JetStream is starting, or the stream is gone."""
         try:
             await self._connection.recreate(name, None if isinstance(home, str) else home)
         except (ResourceMissing, PublishRejected, RefusedError) as error:
-            self._end_all(lambda entry: entry.stream == name, PublishRejected(error.message, hint=error.hint))
+            self._end_all(PublishRejected(error.message, hint=error.hint), lambda _, home: _stream(home) == name)
             return
         except BrokerError:
             await asyncio.sleep(0.5)  # not answering yet: the entries are sent again and ask again
         finally:
             self._healing.pop(name, None)
-        self._resend(lambda entry: entry.sent == _UNSENT)
+        self._resend(lambda sent: sent == _UNSENT)
 
     def _denied(self, subject: str) -> None:
         """The server names the subject in lower case and acknowledges nothing."""
         self._end_all(
-            lambda entry: entry.frame.split(b" ", 2)[1].decode().lower() == subject,
             PublishRejected(f"NATS does not permit publishing to {subject}", hint="grant it to the user in `auth`"),
+            lambda frame, _: frame.split(b" ", 2)[1].decode().lower() == subject,
         )
 
-    def _end_all(self, which: Callable[[_Publish], bool], error: BaseException) -> None:
-        for entry in [e for e in self._open.values() if which(e)]:
-            self._finish(entry, error)
+    def _end_all(self, error: BaseException, which: Callable[[bytes, Channel | str], bool] = lambda *_: True) -> None:
+        for token in [token for token, (frame, home, _, _) in self._open.items() if which(frame, home)]:
+            self._finish(token, error)
 
-    def _resend(self, which: Callable[[_Publish], bool]) -> None:
-        if not self._link.connected:
-            return
-        for entry in self._open.values():
-            if which(entry):
-                entry.sent = self._now
-                self._client.send(entry.frame)
+    def _resend(self, which: Callable[[int], bool] = lambda sent: True) -> None:
+        if self._link.connected:
+            for token, (frame, home, done, sent) in self._open.items():
+                if which(sent):
+                    self._open[token] = (frame, home, done, self._now)
+                    self._client.send(frame)
 
     def _link_changed(self, up: bool) -> None:
         if up:
-            self._resend(lambda entry: True)
+            self._most = self._link.max_payload
+            self._resend()
 
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(_TICK)
             self._now += 1
-            self._resend(lambda entry: _UNSENT < entry.sent < self._now - _RESEND_AFTER)
+            self._resend(lambda sent: _UNSENT < sent < self._now - _RESEND_AFTER)
 
     async def close(self) -> None:
         """Waits a few seconds until everything is confirmed; reports what is left to those who sent it."""
@@ -291,9 +284,7 @@ class NatsProducer:
         for task in (self._ticker, *self._healing.values()):
             task.cancel()
         await asyncio.gather(self._ticker, *self._healing.values(), return_exceptions=True)
-        self._end_all(
-            lambda entry: True, BrokerUnavailable("the connection was closed before NATS confirmed the event")
-        )
+        self._end_all(BrokerUnavailable("the connection was closed before NATS confirmed the event"))
         self._wake()
 
 

@@ -6,7 +6,6 @@ Walk "an event": the step before consumer.py takes it, and what runs beside it.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import secrets
 import time
@@ -151,7 +150,10 @@ class Record:
     def decode(cls, data: bytes) -> Record | None:
         try:
             raw = json.loads(data)
-            return cls(History.decode(data), int(raw["~n"]), str(raw["~t"]).encode(), str(raw["~r"]).encode())
+            reply = str(raw["~r"])
+            if not reply.startswith("$JS.ACK.") or len(reply.split()) > 1:
+                return None
+            return cls(History.decode(data), int(raw["~n"]), str(raw["~t"]).encode(), reply.encode())
         except (ValueError, KeyError, TypeError):
             return None  # not ours: whoever wrote it, the event is then as good as fresh
 
@@ -353,8 +355,13 @@ class Vigil(ABC):
         await self._trimmed.look(info, int(stream["state"]["first_seq"]))
 
     async def _quietly(self, look: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        with contextlib.suppress(BrokerError):  # the pull loop reports and heals; the next look finds it
+        try:
             await look()
+        except ResourceMissing as error:
+            if self._reading:  # while every slot is busy no request is there to be told of it
+                self._resume(error.message)
+        except BrokerError:
+            pass  # the pull loop reports and heals; the next look finds it
 
     def _forget(self, subject: str) -> None:
         body = json.dumps({"filter": subject}).encode()
