@@ -14,7 +14,7 @@ import os
 import socket
 import uuid
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from redis.exceptions import ResponseError
 
@@ -47,6 +47,8 @@ class RedisConsumer(Consumer):
         self._wanted: dict[str | None, bool] = {}
         self._free = 0
         self._asked = 0  # COUNT of the read under way
+        self._reading: asyncio.Future[list[Any]] | None = None
+        self._hungry = False  # the reader waits for free slots
         self._trimmed = -1
         self._unbroken = 0.0  # loop time since when every heartbeat has been answered; 0: the last was not
         self._beaten = 0.0, 0  # the last heartbeat: loop time, and milliseconds of the server's clock
@@ -85,6 +87,8 @@ class RedisConsumer(Consumer):
     def demand(self, free: int) -> None:
         self._free = free
         if free > 0:
+            if self._hungry and not self._held.suspect and self._loop.time() < self._take_at:
+                self._ask(self._reader)  # at once: before what is settled now, which takes the server longer
             self._wake.set()
         if free < self._asked:
             self._unblock()
@@ -123,48 +127,53 @@ class RedisConsumer(Consumer):
             self._held.suspect = False
         if self._free <= 0:
             self._wake.clear()
+            self._hungry = True
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(1.0):
                     await self._wake.wait()
-            return
-        now = self._loop.time()
-        if now >= self._take_at:
-            await self._take()
-        if self._free > 0 and not self._stopping:
-            await self._read(max(0.001, min(BLOCK, self._take_at - self._loop.time())))
+            self._hungry = False
+        else:
+            if self._loop.time() >= self._take_at:
+                await self._take()
+            if self._free > 0 and not self._stopping:
+                if self._reader is None or self._reader.closed:
+                    await self._connect_reader()
+                self._ask(self._reader)
+        if self._reading is not None:
+            await self._read()
 
     async def _take(self) -> None:
         """What is due, and the inbox."""
-        args = [part for source in self._held.sources for part in source.args]
-        keys = [source.stream for source in self._held.sources]
-        got, gone, wait = await self._link.raw(scripts.TAKE, keys, self._free, len(self._held.sources), *args)
+        keys, sources = self._held.both
+        got, gone, wait = await self._link.raw(scripts.TAKE, keys, self._free, *sources)
         self._take_at = self._loop.time() + (min(BLOCK, wait / 1000) if wait >= 0 else BLOCK)
         if len(got) >= self._free:
             self._take_at = 0.0
         self._gone(gone)
         self._hand_out([self._delivery(source, entry, flat, n, kept) for source, entry, flat, n, kept in got])
 
-    async def _read(self, wait: float) -> None:
+    def _ask(self, reader: Wire | None) -> None:
+        """Sends the next read."""
+        if reader is None or self._reading is not None or self._stopping:
+            return
         main = self._held.sources[0]
-        reader = self._reader
-        if reader is None or reader.closed:
-            reader = await self._connect_reader()
+        wait = max(1, int(1000 * min(BLOCK, self._take_at - self._loop.time())))
         # not all at once: the server looks for the second half while the first is handled here
-        count = min(self._free, max(_HALF, self._free // 2))
+        self._asked = min(self._free, max(_HALF, self._free // 2))
         read = (
-            "XREADGROUP", "GROUP", main.group, self.me, "COUNT", count, "BLOCK", max(1, int(wait * 1000)),
+            "XREADGROUP", "GROUP", main.group, self.me, "COUNT", self._asked, "BLOCK", wait,
             "STREAMS", main.stream, ">",
         )  # fmt: skip
         look = ("EVALSHA", digest(scripts.LOST), 1, main.stream, *main.args, self._counts)
         # "next": looked at afterwards too, so that the first entry that is still unread is remembered
-        commands: tuple[tuple[object, ...], ...] = {"": (read,), "count": (look, read), "next": (look, read, look)}[
-            self._counts
-        ]
-        self._asked = count
+        self._reading = reader.send(*{"": (read,), "count": (look, read), "next": (look, read, look)}[self._counts])
+
+    async def _read(self) -> None:
+        assert self._reading is not None
         try:
-            answers = await reader.send(*commands)
+            answers = await self._reading
         finally:
-            self._asked = 0
+            self._asked, self._reading = 0, None
         for answer in answers:
             if isinstance(answer, ResponseError):
                 raise answer
@@ -175,12 +184,11 @@ class RedisConsumer(Consumer):
             self._held.last = entries[-1][0].decode()
             self._hand_out([self._delivery(0, entry, flat, 1, None) for entry, flat in entries])
 
-    async def _connect_reader(self) -> Wire:
+    async def _connect_reader(self) -> None:
         self._forget_reader()
         reader = self._reader = await self._link.fresh(self._channel.address)
         self._reader_id = await reader.ask("CLIENT", "ID")
         await reader.ask("SCRIPT", "LOAD", scripts.LOST)
-        return reader
 
     def _forget_reader(self) -> None:
         if self._reader is not None:
@@ -246,17 +254,18 @@ class RedisConsumer(Consumer):
         self._held.settle(delivery, outputs, done)
 
     def mark(self, delivery: Delivery, history: History, done: Done) -> None:
-        self._held.mark(delivery, history, done)
+        self._held.mark(cast(RedisDelivery, delivery), history, done)
 
     def retry(self, delivery: Delivery, history: History, delay: float, done: Done) -> None:
         due = self._loop.time() + delay
 
-        def stored() -> None:
-            if due < self._take_at:
+        def stored(error: BaseException | None) -> None:
+            if error is None and due < self._take_at:
                 self._take_at = due
                 self._unblock()
+            done(error)
 
-        self._held.give_back(cast(RedisDelivery, delivery), history, delay, "0", done, stored)
+        self._held.give_back(cast(RedisDelivery, delivery), history, delay, "0", stored)
 
     def release(self, deliveries: Sequence[Delivery]) -> None:
         for delivery in deliveries:
@@ -284,10 +293,9 @@ class RedisConsumer(Consumer):
         reap = bool(self._unbroken) and now - self._unbroken > LEASE
         expected = int(clock + 1000 * (now - last))
         age = int((self._channel.retention.max_age or 0) * 1000) if not self._channel.external else 0
-        args = [part for source in self._held.sources for part in source.args]
-        keys = [source.stream for source in self._held.sources]
-        head = (int(LEASE * 1000), int(reap), expected, age, len(dead), len(self._held.sources))
-        given_up, epoch, trimmed, gone, clock = await self._link.script(scripts.BEAT, keys, *head, *dead, *args)
+        keys, sources = self._held.both
+        head = (int(LEASE * 1000), int(reap), expected, age, len(dead), *dead)
+        given_up, epoch, trimmed, gone, clock = await self._link.script(scripts.BEAT, keys, *head, *sources)
         if not self._unbroken or abs(clock - expected) > LEASE * 500:
             self._unbroken = now
         self._beaten = now, clock
@@ -371,10 +379,9 @@ class RedisConsumer(Consumer):
         await self._held.end()
         self._pump.listeners.discard(self._pump_trouble)
         self._forget_reader()
-        args = [part for source in self._held.sources for part in source.args]
-        keys = [source.stream for source in self._held.sources]
+        keys, sources = self._held.both
         with contextlib.suppress(BrokerError, asyncio.TimeoutError):  # the lease ends what is left of us
-            await asyncio.wait_for(self._link.script(scripts.LEAVE, keys, len(self._held.sources), *args), 3.0)
+            await asyncio.wait_for(self._link.script(scripts.LEAVE, keys, *sources), 3.0)
 
     def _pump_trouble(self, reason: str | None) -> None:
         self._trouble("write", reason)

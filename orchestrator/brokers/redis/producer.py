@@ -24,7 +24,6 @@ from orchestrator.topology.model import Channel, Mode, Overflow
 
 _log = logging.getLogger(__name__)
 _BATCH, _BATCH_BYTES = 32, 1 << 20
-_WORTH = 16  # so many acts are worth a second script while one is under way
 _SETTLING, _WRITING = ("ack", "settle"), ("publish", "settle")
 _UNCONFIRMED = 4096
 _REPLY_TTL = 60_000
@@ -98,10 +97,7 @@ class Pump:
 
     def add(self, op: Op) -> None:
         self._queue.append(op)
-        if not self._due:
-            self._due = True
-            self._idle.clear()
-            self._loop.call_soon(self._turn)
+        self._turn_soon()
 
     async def flush(self, patience: float) -> None:
         """Returns when all is sent, or after `patience` seconds."""
@@ -118,6 +114,12 @@ class Pump:
         self._queue.clear()
         self._back.clear()
 
+    def _turn_soon(self) -> None:
+        if not self._due:
+            self._due = True
+            self._idle.clear()
+            self._loop.call_soon(self._turn)
+
     def _turn(self) -> None:
         self._due = False
         if self._mending is not None or not self._queue:
@@ -125,7 +127,7 @@ class Pump:
         if self._wire is None or self._wire.closed:
             self._mend()
             return
-        while self._queue and (not self._sent or (len(self._sent) == 1 and len(self._queue) >= _WORTH)):
+        while self._queue and (not self._sent or (len(self._sent) == 1 and len(self._queue) > _BATCH)):
             self._send(self._wire, self._cut())
 
     def _cut(self) -> list[Op]:
@@ -173,8 +175,8 @@ class Pump:
         if self._troubled:
             self._say(None)
         if self._queue:
-            self._turn()
-        if not self._sent and not self._queue and self._mending is None:
+            self._turn_soon()  # after what these answers let others ask for
+        elif not self._sent and self._mending is None:
             self._idle.set()
 
     def _failed(self, batch: list[Op], error: BaseException) -> None:

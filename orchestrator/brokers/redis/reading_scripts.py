@@ -58,10 +58,9 @@ return {got, gone, wait}
 BEAT = (
     PRELUDE
     + """
-local lease, reap, expected, age, deaths, sources = num(), arg() == '1', num(), num(), num(), num()
-local dead, all = {}, {}
-for i = 1, deaths do dead[i] = arg() end
-for i = 1, sources do all[i] = source() end
+local lease, reap, expected, age, dead, all = num(), arg() == '1', num(), num(), {}, {}
+for i = 1, num() do dead[i] = arg() end
+for i = 1, num() do all[i] = source() end
 reap = reap and math.abs(now - expected) < lease / 2
 local main, gone, kept = all[1], 0, {}
 local beat, meta = key(main, 'beat'), main.base .. ':meta'

@@ -41,7 +41,7 @@ elseif counts and position == '0' then
 end
 redis.call(unpack(create))
 redis.call('HSET', meta, field, label, 'epoch/' .. group, clock[1] .. '.' .. clock[2])
-if had then -- what had been read and is not settled waits with its history, first for who is handling it to take it back
+if had then -- what was read and is not settled waits with its history; who is handling it may take it back first
   local s = {stream = stream, base = base, group = group}
   local waiting = redis.call('ZRANGE', key(s, 'due'), 0, -1)
   if queue and number(position) then

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from orchestrator.brokers.redis.connection import RedisConnection
 
 _log = logging.getLogger(__name__)
+#: What an act finds that had happened when its answer was lost.
+_HAPPENED = {"ack": "GONE", "settle": "GONE", "back": "TAKEN"}
+_ENDS = {"ack": "settling of", "settle": "output of", "back": "return of", "mark": "history of"}
 
 
 class RedisDelivery(Delivery):
@@ -62,6 +65,10 @@ class Holdings:
         self._channel, self._subscription, self.me = channel, subscription, me
         main = Source(channel.address, subscription.group, me, queue=is_queue(channel))
         self.sources = (main, Source(main.key("inbox"), subscription.group, me, queue=True))
+        self.both = (  # as scripts get them: keys and arguments
+            [source.stream for source in self.sources],
+            (2, *(part for source in self.sources for part in source.args)),
+        )
         self._passing = Source(channel.address, subscription.group, me, queue=False)
         self.live: dict[tuple[int, bytes], RedisDelivery] = {}
         self.suspect = True  # something may be pending under our name that is not known here
@@ -91,20 +98,9 @@ class Holdings:
         source = self.sources[mine.source]
         if outputs or mine.orphan or mine.kept:
             args = (mine.entry, int(mine.orphan), int(mine.kept))
-            self.pump.add(Op("settle", self._settled, source, args, outputs, mine, done))
+            self.pump.add(Op("settle", self._answered, source, args, outputs, mine, done))
         else:
-            self.pump.add(Op("ack", self._settled, source, (mine.entry,), (), mine, done))
-
-    def _settled(self, op: Op, word: str) -> None:
-        mine, done = op.mine, cast(Done, op.done)
-        if word == "" or (word == "GONE" and op.again):
-            self._end(mine, done)
-        elif word == "GONE" or word.startswith("NOGROUP"):
-            self.beside(self._doubt(mine, lambda: self._settle(mine, op.outputs, done), done))
-        elif word == "TAKEN":
-            self._revoke(mine, done)
-        else:
-            done(refusal(word, f"an output of {mine.position}"))
+            self.pump.add(Op("ack", self._answered, source, (mine.entry,), (), mine, done))
 
     def _settle_after(self, mine: RedisDelivery, away: list[Outgoing], near: list[Outgoing], done: Done) -> None:
         producer, errors, open_ = self._connection.producer(), list[BaseException](), len(away)
@@ -123,57 +119,16 @@ class Holdings:
         for message in away:
             producer.send(message, published)
 
-    def give_back(
-        self,
-        mine: RedisDelivery,
-        history: History | None,
-        delay: float,
-        count: str,
-        done: Done,
-        stored: Callable[[], None] | None = None,
-    ) -> None:
+    def give_back(self, mine: RedisDelivery, history: History | None, delay: float, count: str, done: Done) -> None:
         """Puts an entry among those that wait. `count` "" keeps the number of its deliveries."""
-
-        def finish(op: Op, word: str) -> None:
-            if word == "" or (word == "TAKEN" and op.again):
-                self._end(mine, done)
-                if stored is not None:
-                    stored()
-            elif word == "DELETED" or mine.orphan:
-                self.sink.alarm(f"{mine.position} was deleted from outside while it was handled: it cannot run again")
-                self._end(mine, done)
-            elif word == "TAKEN":
-                self._revoke(mine, done)
-            elif word == "GONE" or word.startswith("NOGROUP"):
-                again = lambda: self.give_back(mine, history, delay, count, done, stored)  # noqa: E731
-                self.beside(self._doubt(mine, again, done))
-            else:
-                done(refusal(word, f"giving back {mine.position}"))
-
         text = b"" if history is None else history.encode()
-        args = (mine.entry, self.me, text, int(delay * 1000), count)
-        self.pump.add(Op("back", finish, self.sources[mine.source], args))
+        self._add("back", mine, (self.me, text, int(delay * 1000), count), done)
 
-    def mark(self, delivery: Delivery, history: History, done: Done) -> None:
-        mine = cast(RedisDelivery, delivery)
-
-        def finish(op: Op, word: str) -> None:
-            if word == "":
-                mine.kept = True
-                done(None)
-            elif word == "TAKEN":
-                self._revoke(mine, done)
-            elif word == "GONE" or word.startswith("NOGROUP"):
-                self.beside(self._doubt(mine, lambda: self.mark(mine, history, done), done))
-            else:
-                self.live.pop((mine.source, mine.entry), None)
-                self.suspect = True  # nobody runs it: it is given back
-                done(refusal(word, f"marking {mine.position}"))
-
+    def mark(self, mine: RedisDelivery, history: History, done: Done) -> None:
         if mine.orphan:
             done(None)
         else:
-            self.pump.add(Op("mark", finish, self.sources[mine.source], (mine.entry, history.encode())))
+            self._add("mark", mine, (history.encode(),), done)
 
     def unstarted(self, mine: RedisDelivery) -> None:
         """Gives back what was never started, uncounted."""
@@ -181,20 +136,43 @@ class Holdings:
 
     def skip(self, mine: RedisDelivery) -> None:
         """Settles what this group does not read, and leaves it in the stream."""
-        self.pump.add(Op("settle", self._ignore, self._passing, (mine.entry, 0, int(mine.kept))))
+
+        def over(op: Op, word: str) -> None:
+            self.suspect = self.suspect or word != ""
+
+        self.pump.add(Op("settle", over, self._passing, (mine.entry, 0, int(mine.kept))))
 
     def told(self, error: BaseException | None) -> None:
         """The outcome of what nobody waits for. A failure leaves the entry under our name; adopt() finds it."""
         if error is not None:
             self.suspect = True
 
-    def _ignore(self, op: Op, word: str) -> None:
-        if word:
-            self.suspect = True
+    def _add(self, act: str, mine: RedisDelivery, args: Sequence[object], done: Done) -> None:
+        self.pump.add(Op(act, self._answered, self.sources[mine.source], (mine.entry, *args), (), mine, done))
 
-    def _end(self, mine: RedisDelivery, done: Done) -> None:
-        self.live.pop((mine.source, mine.entry), None)
-        done(None)
+    def _answered(self, op: Op, word: str) -> None:
+        """What the script said of one act; every delivery's end comes through here."""
+        mine: RedisDelivery = op.mine
+        done = cast(Done, op.done)
+        if word == "" or (op.again and word == _HAPPENED.get(op.act)):
+            if op.act == "mark":
+                mine.kept = True
+            else:
+                self.live.pop((mine.source, mine.entry), None)
+            done(None)
+        elif op.act == "back" and (word == "DELETED" or mine.orphan):
+            self.sink.alarm(f"{mine.position} was deleted from outside while it was handled: it cannot run again")
+            self.live.pop((mine.source, mine.entry), None)
+            done(None)
+        elif word == "TAKEN":
+            self._revoke(mine, done)
+        elif word == "GONE" or word.startswith("NOGROUP"):
+            self.beside(self._doubt(op, done))
+        else:
+            if op.act == "mark":  # nobody runs it: it is given back
+                self.live.pop((mine.source, mine.entry), None)
+                self.suspect = True
+            done(refusal(word, f"the {_ENDS[op.act]} {mine.position}"))
 
     def _revoke(self, mine: RedisDelivery, done: Done) -> None:
         if self.live.pop((mine.source, mine.entry), None) is not None:
@@ -203,18 +181,23 @@ class Holdings:
 
     # --- healing ----------------------------------------------------------------------------------------------
 
-    async def _doubt(self, mine: RedisDelivery, again: Callable[[], None], done: Done) -> None:
+    async def _doubt(self, op: Op, done: Done) -> None:
         """Nobody holds an entry that is ours: settled elsewhere, or its group was deleted and made anew."""
+        mine: RedisDelivery = op.mine
         try:
             if not mine.orphan and not await self.reclaim():
                 self._revoke(mine, done)
                 return
         except BrokerError:
             await asyncio.sleep(0.2)
-        if (mine.source, mine.entry) in self.live:
-            again()
-        else:
+        if (mine.source, mine.entry) not in self.live:
             self._revoke(mine, done)
+        elif op.act in ("ack", "settle"):
+            self._settle(mine, op.outputs, done)
+        elif op.act == "mark" and mine.orphan:
+            done(None)
+        else:
+            self._add(op.act, mine, op.args[1:], done)
 
     async def reclaim(self) -> bool:
         """After the group was made anew: what we are handling becomes ours again. False: it is as it was."""
