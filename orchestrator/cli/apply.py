@@ -111,6 +111,8 @@ def apply(
 
     if plan_file is not None and (prune or allow_loss):
         raise typer.BadParameter("--plan FILE carries its own --prune and --allow-loss: give them to plan --out")
+    if detach and no_workers:
+        raise typer.BadParameter("-d leaves the workers in the background, --no-workers starts none: give one of them")
     topology = _load(sources, files, sets, vars_files, strict=strict)
     saved = Plan.read(plan_file) if plan_file is not None else None
     workers = applying.Workers.FOREGROUND
@@ -163,16 +165,19 @@ def destroy(
     topology = _load(sources, files, sets, vars_files)
 
     def decide(planned: Plan) -> Consent:
+        if not planned.operations:
+            console.say(f"nothing on the broker{'s' * (len(planned.brokers) > 1)} is labelled {topology.name}")
+            return _consent(True, allow_loss)
         _show(planned, output)
         losses = [o for o in planned.refused if o.needs]
         named = tuple(allow_loss or ())
         if losses and len(losses) == len(planned.refused):
             question = f"This loses what they hold. Type the topology's name ({topology.name}) to go on:"
             if not console.typed(question, topology.name):
-                flags = " ".join(f"--allow-loss={o.needs}" for o in losses)
+                again = applying.destroy_command(planned)
                 raise OrchestratorError(
                     f"{len(losses)} of these hold events; nothing was changed",
-                    hint=f"orchestrator destroy {flags}, or type the topology's name on a terminal",
+                    hint=f"{again}, or type the topology's name on a terminal",
                 )
             return _consent(True, [*named, *(o.needs for o in losses)])
         if not planned.refused and planned.pending:

@@ -19,6 +19,7 @@ from orchestrator.errors import OrchestratorError
 class Drawing(StrEnum):
     MERMAID = "mermaid"
     DOT = "dot"
+    JSON = "json"
 
 
 def register(app: typer.Typer) -> None:
@@ -30,8 +31,11 @@ def register(app: typer.Typer) -> None:
 
 def init(
     name: Annotated[str, typer.Argument(metavar="FOLDER", help="The new folder; its name names the topology.")],
+    output: OutputOption = Output.TEXT,
 ) -> None:
     """Make a folder with a topology and handlers that run."""
+    if not name.strip():
+        raise typer.BadParameter("FOLDER is empty; for the folder that you are in, write .")
     folder = Path(name)
     slug = re.sub(r"[^a-z0-9]+", "-", folder.resolve().name.lower()).strip("-") or "topology"
     slug = slug if slug[0].isalpha() else f"t-{slug}"
@@ -55,6 +59,9 @@ def init(
             (folder / file).write_text(text, encoding="utf-8")
     except OSError as error:
         raise OrchestratorError(f"cannot write {folder}: {error.strerror}", hint="choose another folder") from None
+    if output is Output.JSON:
+        console.data_json({"version": 1, "topology": slug, "folder": str(folder), "files": list(files)})
+        return
     console.data(
         f"""{folder}/ is ready: topology.yaml says what runs, agents.py what it does.
 
@@ -111,6 +118,7 @@ def validate(
                 "topology": loaded.topology.name,
                 "revision": loaded.topology.revision(),
                 "diagnostics": check.diagnostics_json(found),
+                **({"effective": loaded.document()} if show else {}),
             }
         )
     elif show:
@@ -127,14 +135,17 @@ def graph(
     files: Files = None,
     sets: Sets = None,
     vars_files: VarsFiles = None,
-    output: Annotated[Drawing, typer.Option("-o", "--output", help="mermaid or dot.")] = Drawing.MERMAID,
+    output: Annotated[Drawing, typer.Option("-o", "--output", help="mermaid, dot or json.")] = Drawing.MERMAID,
 ) -> None:
     """Draw agents and channels, as Mermaid or Graphviz text."""
     # needs the loader
     from orchestrator.operate import graph as drawing
 
     topology = load_topology([*(sources or []), *(files or [])], sets, vars_files)
-    console.data(drawing.mermaid(topology) if output is Drawing.MERMAID else drawing.dot(topology))
+    if output is Drawing.JSON:
+        console.data_json(drawing.to_json(topology))
+    else:
+        console.data(drawing.mermaid(topology) if output is Drawing.MERMAID else drawing.dot(topology))
 
 
 def schema() -> None:

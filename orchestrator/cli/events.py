@@ -20,12 +20,26 @@ if TYPE_CHECKING:
 
 EventTypeArgument = Annotated[str, typer.Argument(metavar="TYPE", help="The event type, such as task.created.")]
 PayloadArgument = Annotated[str, typer.Argument(metavar="PAYLOAD", help="A JSON object, @FILE, or - for stdin.")]
-EventId = Annotated[str | None, typer.Option("--id", help="The event_id; twice the same takes effect once.")]
-Key = Annotated[str | None, typer.Option("--key", help="What orders and partitions; default: the channel's key.")]
-CorrelationId = Annotated[
-    str | None, typer.Option("--correlation-id", help="What `trace` goes by; default: a new one.")
+
+
+def _given(value: str | None) -> str | None:
+    """An empty value is a variable of the shell that was not set: better refused than taken for none."""
+    if value == "":
+        raise typer.BadParameter("it is empty: give a value, or leave the option out")
+    return value
+
+
+EventId = Annotated[
+    str | None, typer.Option("--id", callback=_given, help="The event_id; twice the same takes effect once.")
 ]
-Target = Annotated[str | None, typer.Option("--target", help="The one agent that is to handle it.")]
+Key = Annotated[
+    str | None, typer.Option("--key", callback=_given, help="What orders and partitions; default: the channel's key.")
+]
+CorrelationId = Annotated[
+    str | None,
+    typer.Option("--correlation-id", callback=_given, help="What `trace` goes by; default: a new one."),
+]
+Target = Annotated[str | None, typer.Option("--target", callback=_given, help="The one agent that is to handle it.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -72,8 +86,8 @@ def publish(
         if event_id is not None:
             window = f"within {channel.dedup_window:g} s, the dedup_window of {channel.name}"
             console.say(f"unless an event of this id was published {window}: then this one has no effect")
-        if not operate.readers(topology, event_type):
-            console.say(f"no agent of {topology.name} subscribes to {event_type}: nobody is handed it")
+        if doubt := operate.foretell(topology, event_type, target):
+            console.say(doubt)
         console.say(f"what becomes of it: orchestrator trace {event.correlation_id}")
 
 
@@ -95,6 +109,8 @@ def request(
 
     content = operate.read_payload(payload)
     topology = load_topology(files, sets, vars_files)
+    if doubt := operate.foretell(topology, event_type, target):
+        console.say(doubt)
     reply = asyncio.run(
         operate.request(
             topology,
@@ -140,6 +156,8 @@ def tail(
 
     topology = load_topology(files, sets, vars_files)
     begin = when(start)
+    for doubt in operate.unheard(topology, channel or [], patterns or []):
+        console.say(doubt)
 
     async def run() -> None:
         shown = 0
@@ -171,15 +189,15 @@ def trace(
 
     topology = load_topology(files, sets, vars_files)
     found = asyncio.run(operate.trace(topology, correlation_id))
-    if output is Output.JSON:
-        console.data_json(operate.to_json(correlation_id, found))
-    elif found:
-        console.data(operate.draw(topology, operate.tree(found)))
-    else:
+    if not found:
         raise OrchestratorError(
             f"nothing is stored under the correlation id {correlation_id!r}",
             hint="see what is there: orchestrator tail --from earliest --no-follow",
         )
+    if output is Output.JSON:
+        console.data_json(operate.to_json(correlation_id, found))
+    else:
+        console.data(operate.draw(topology, operate.tree(found)))
 
 
 def replay(
@@ -193,10 +211,9 @@ def replay(
 ) -> None:
     """Move an agent's position in the logs that it reads, so that it handles events again, or leaves some out."""
     from orchestrator.operate import replay as operate
-    from orchestrator.operate.reading import when
 
     topology = load_topology(files, sets, vars_files)
-    begin = when(start)
+    begin = operate.place(start)
     subscriptions = operate.replayable(topology, agent)
     names = ", ".join(s.channel for s in subscriptions)
     console.confirm(f"Move {agent} to {start} in {names}?", yes=yes)

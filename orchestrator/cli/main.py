@@ -67,14 +67,23 @@ def main() -> None:
     except Exception as error:
         if os.environ.get("ORCHESTRATOR_DEBUG"):
             traceback.print_exc()
-        console.complain(
-            OrchestratorError(
-                f"unexpected {type(error).__name__}: {error}",
-                hint="this is a mistake in orchestrator: run it again with --debug first "
-                "(orchestrator --debug …) and report what it prints",
-            )
-        )
+        console.complain(_explained(error))
         sys.exit(1)
+
+
+def _explained(error: Exception) -> OrchestratorError:
+    """In words what no command foresaw: the machine's refusals, and mistakes of ours."""
+    if isinstance(error, OSError) and error.strerror and not isinstance(error, (ConnectionError, TimeoutError)):
+        where = f" ({error.filename})" if error.filename else ""
+        return OrchestratorError(
+            f"the system refuses: {error.strerror}{where}",
+            hint="is there room, and may you write there? .orchestrator/ beside the topology must be a folder of yours",
+        )
+    return OrchestratorError(
+        f"unexpected {type(error).__name__}: {error}",
+        hint="this is a mistake in orchestrator: run it again with --debug first "
+        "(orchestrator --debug …) and report what it prints",
+    )
 
 
 if __name__ == "__main__":

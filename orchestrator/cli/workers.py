@@ -72,7 +72,9 @@ def status(
     console.data(f"{found['topology']} (revision {found['revision']}): {state}")
     console.data(console.table(header, rows))
     for agent in found["agents"]:
-        for text in filter(None, [agent.get("reason"), *agent.get("alarms", [])]):
+        if agent.get("reason"):
+            console.say(f"{agent['name']} is {agent['state']}: {agent['reason']}")
+        for text in agent.get("alarms", []):
             console.say(f"{agent['name']}: {text}")
 
 
@@ -115,7 +117,7 @@ def logs(
         for record in found:
             show(record)
         if not found:
-            console.say("nothing has been written yet")
+            console.say(f"{', '.join(agents or [topology.name])}: nothing has been written yet")
 
 
 def restart(

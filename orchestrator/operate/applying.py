@@ -150,12 +150,15 @@ def _check_overtaken(plan: Plan, *, stopped: bool) -> None:
     if not plan.refused:
         return
     what = "; ".join(f"{o.resource} {f'holds {holding(o)}' if o.events else o.cause} now" for o in plan.refused)
-    names = "".join(f" --allow-loss={name}" for name in (*plan.allow_loss, *(o.needs for o in plan.refused if o.needs)))
     done = "the workers were stopped, nothing was deleted" if stopped else "nothing was changed"
     again = "; or let the workers go on: orchestrator apply -d" if stopped else ""
-    raise RefusedError(
-        plan.redact(f"{what}: it was overtaken; {done}"), hint=plan.redact(f"orchestrator destroy{names}{again}")
-    )
+    raise RefusedError(plan.redact(f"{what}: it was overtaken; {done}"), hint=f"{destroy_command(plan)}{again}")
+
+
+def destroy_command(plan: Plan) -> str:
+    """What to type so that `plan`, of a destroy, is not refused for the losses that it names."""
+    names = (*plan.allow_loss, *(o.needs for o in plan.refused if o.needs))
+    return plan.redact(" ".join(["orchestrator destroy --yes", *(f"--allow-loss={name}" for name in names)]))
 
 
 async def running_agents(topology: Topology) -> dict[str, Agent] | None:

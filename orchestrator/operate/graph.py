@@ -4,8 +4,30 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from orchestrator.topology.model import Topology
+
+
+@dataclass(frozen=True, slots=True)
+class Arrow:
+    """Between one agent and one channel."""
+
+    agent: str
+    channel: str
+    kind: Literal["reads", "publishes", "dead-letters"]
+    events: tuple[str, ...] = ()
+
+    @property
+    def label(self) -> str:
+        return ", ".join(self.events) or "dead letters"
+
+    @property
+    def ends(self) -> tuple[str, str]:
+        """From where to where, as identifiers."""
+        agent, channel = _id("a", self.agent), _id("c", self.channel)
+        return (channel, agent) if self.kind == "reads" else (agent, channel)
 
 
 def mermaid(topology: Topology) -> str:
@@ -17,9 +39,10 @@ def mermaid(topology: Topology) -> str:
     for name, agent in topology.agents.items():
         left, right = ("[[", "]]") if agent.external else ("[", "]")
         lines.append(f'  {_id("a", name)}{left}"{name}"{right}')
-    for source, target, label, dashed in _arrows(topology):
-        arrow = "-.->" if dashed else "-->"
-        lines.append(f'  {source} {arrow}|"{label}"| {target}')
+    for arrow in arrows(topology):
+        source, target = arrow.ends
+        line = "-.->" if arrow.kind == "dead-letters" else "-->"
+        lines.append(f'  {source} {line}|"{arrow.label}"| {target}')
     return "\n".join(lines) + "\n"
 
 
@@ -32,25 +55,41 @@ def dot(topology: Topology) -> str:
     for name, agent in topology.agents.items():
         style = ' style="dashed"' if agent.external else ""
         lines.append(f"  {_id('a', name)} [label={_quote(name)} shape=box{style}];")
-    for source, target, label, dashed in _arrows(topology):
-        style = ' style="dashed"' if dashed else ""
-        lines.append(f"  {source} -> {target} [label={_quote(label)}{style}];")
+    for arrow in arrows(topology):
+        source, target = arrow.ends
+        style = ' style="dashed"' if arrow.kind == "dead-letters" else ""
+        lines.append(f"  {source} -> {target} [label={_quote(arrow.label)}{style}];")
     return "\n".join([*lines, "}"]) + "\n"
 
 
-def _arrows(topology: Topology) -> Iterable[tuple[str, str, str, bool]]:
-    """(from, to, label, dashed): dashed arrows are dead letters."""
+def to_json(topology: Topology) -> dict[str, Any]:
+    """The `-o json` form."""
+    return {
+        "version": 1,
+        "topology": topology.name,
+        "channels": [
+            {"name": name, "mode": c.mode.value, "external": c.external, "dead_letters": c.dead_letters}
+            for name, c in topology.channels.items()
+        ],
+        "agents": [{"name": name, "external": agent.external} for name, agent in topology.agents.items()],
+        "arrows": [
+            {"agent": a.agent, "channel": a.channel, "kind": a.kind, "events": list(a.events)} for a in arrows(topology)
+        ],
+    }
+
+
+def arrows(topology: Topology) -> Iterable[Arrow]:
+    """Agent by agent: what it reads, what it publishes, where its dead letters go."""
     for name, agent in topology.agents.items():
-        me = _id("a", name)
         for subscription in agent.subscriptions:
-            yield _id("c", subscription.channel), me, ", ".join(subscription.events), False
+            yield Arrow(name, subscription.channel, "reads", tuple(subscription.events))
         by_channel: dict[str, list[str]] = {}
         for publication in agent.publish:
             by_channel.setdefault(publication.channel, []).append(publication.event_type)
         for channel, types in by_channel.items():
-            yield me, _id("c", channel), ", ".join(types), False
+            yield Arrow(name, channel, "publishes", tuple(types))
         if agent.dead_letter is not None and agent.subscriptions:
-            yield me, _id("c", agent.dead_letter), "dead letters", True
+            yield Arrow(name, agent.dead_letter, "dead-letters")
 
 
 def _id(kind: str, name: str) -> str:

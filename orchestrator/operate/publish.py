@@ -25,7 +25,10 @@ def read_payload(text: str) -> dict[str, Any]:
         try:
             text = Path(where).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise PayloadError(f"cannot read the payload from {where}: {error}", hint="give JSON, @FILE or -") from None
+            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+            raise PayloadError(
+                f"cannot read the payload from {where}: {reason}", hint="give JSON, @FILE or -"
+            ) from None
     try:
         found = json.loads(text)
     except ValueError as error:
@@ -48,6 +51,16 @@ def readers(topology: Topology, event_type: str) -> list[str]:
         for subscription in agent.subscriptions
         if subscription.channel == channel and any(matches(pattern, event_type) for pattern in subscription.events)
     ]
+
+
+def foretell(topology: Topology, event_type: str, target: str | None) -> str:
+    """What is probably not meant by publishing this: that no agent of the topology will handle it; "" when one will."""
+    found = readers(topology, event_type)
+    if not found:
+        return f"no agent of {topology.name} subscribes to {event_type}: nobody is handed it"
+    if target is not None and target not in found:
+        return f"{target} does not read {event_type} in {topology.name}, and {', '.join(found)} will not handle it"
+    return ""
 
 
 async def publish(topology: Topology, event_type: str, payload: dict[str, Any], **options: Any) -> AgentEvent:

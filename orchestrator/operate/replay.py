@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import UTC, datetime
 
 from orchestrator.brokers.base import Start
 from orchestrator.errors import OrchestratorError
+from orchestrator.operate.reading import when
 from orchestrator.operate.session import session
 from orchestrator.supervisor.control import ControlClient, running
 from orchestrator.topology.model import Mode, Subscription, Topology
+
+
+def place(text: str) -> Start:
+    """Where to go on, as reading.when; a time that has not come yet would leave out all until then."""
+    found = when(text)
+    if isinstance(found, datetime) and found > datetime.now(UTC):
+        raise OrchestratorError(f"{text} lies in the future", hint="write latest to leave out all that is there now")
+    return found
 
 
 def replayable(topology: Topology, agent: str) -> list[Subscription]:

@@ -10,6 +10,8 @@ from orchestrator.operate.reading import Read, stored
 from orchestrator.operate.reading import follow as following
 from orchestrator.operate.session import session
 from orchestrator.topology.model import Channel, Topology, matches
+from orchestrator.topology.near import near_type
+from orchestrator.topology.routing import intersection
 
 
 async def tail(
@@ -26,6 +28,13 @@ async def tail(
             event_type = read.event.event_type if read.event else read.stored.event_type or ""
             if not patterns or any(matches(p, event_type) for p in patterns):
                 yield read
+
+
+def unheard(topology: Topology, channels: Sequence[str], patterns: Sequence[str]) -> list[str]:
+    """One sentence for each pattern whose events no chosen channel takes."""
+    taken = [pattern for channel in choose(topology, channels) for pattern in channel.events or (">",)]
+    lost = [p for p in patterns if not any(intersection(p, own) for own in taken)]
+    return [f"no channel takes {p}" + (f": {meant}" if (meant := near_type(p, taken)) else "") for p in lost]
 
 
 def choose(topology: Topology, names: Sequence[str]) -> list[Channel]:

@@ -194,7 +194,9 @@ class Plan:
         try:
             path.write_text(json.dumps(self.to_json(), indent=2) + "\n", encoding="utf-8")
         except OSError as error:
-            raise PlanError(f"cannot write the plan: {error}", hint="choose another place for --out") from None
+            raise PlanError(
+                f"cannot write the plan to {path}: {error.strerror}", hint="choose another place for --out"
+            ) from None
 
     @classmethod
     def read(cls, path: Path) -> Plan:
@@ -202,7 +204,8 @@ class Plan:
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
-            raise PlanError(f"cannot read the plan: {error}", hint="make it: orchestrator plan --out FILE") from None
+            reason = f"cannot read the plan {path}: {error.strerror}"
+            raise PlanError(reason, hint="make it: orchestrator plan --out FILE") from None
         except ValueError as error:
             raise PlanError(
                 f"{path} is not a plan file: {error}", hint="make it again: orchestrator plan --out FILE"

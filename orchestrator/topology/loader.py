@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from orchestrator.topology import show
 from orchestrator.topology.agents import Agents
@@ -38,6 +39,10 @@ class Loaded:
     def show(self) -> str:
         """The effective topology as YAML, every default filled in, secrets redacted."""
         return show.show(self.topology)
+
+    def document(self) -> dict[str, Any]:
+        """The same as data."""
+        return show.document(self.topology)
 
 
 def load(

@@ -16,8 +16,13 @@ from orchestrator.topology.units import duration_text, size_text
 
 def show(topology: Topology) -> str:
     """YAML text; every default filled in, every policy inline."""
+    return yaml.dump(document(topology), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+def document(topology: Topology) -> dict[str, Any]:
+    """What the YAML text says."""
     metadata = {"name": topology.name, "description": topology.description}
-    document: dict[str, Any] = {
+    sections: dict[str, Any] = {
         "apiVersion": "orchestrator/v1",
         "kind": "Topology",
         "metadata": _some(metadata),
@@ -25,8 +30,8 @@ def show(topology: Topology) -> str:
         "channels": {n: _channel(c) for n, c in topology.channels.items()},
         "agents": {n: _agent(a) for n, a in topology.agents.items()},
     }
-    clean = _redacted(_some(document), topology)
-    return yaml.dump(clean, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    clean: dict[str, Any] = _redacted(_some(sections), topology)
+    return clean
 
 
 def _some(entry: Mapping[str, Any]) -> dict[str, Any]:

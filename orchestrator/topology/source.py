@@ -80,7 +80,7 @@ def read(path: Path, name: str, problems: Problems, at: Node | None = None) -> S
             data = stream.read(MAX_BYTES + 1)  # bounded: a pipe or a device has no size to ask for
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        problems.error("file", f"cannot read {name}: {reason}", at)
+        problems.error("file", f"cannot read {name}: {reason}", at, expected="the path of a file that you may read")
         return None
     if len(data) > MAX_BYTES:
         limit = f"at most {MAX_BYTES // 1024 // 1024} MiB"

@@ -33,6 +33,10 @@ def test_apply_without_a_terminal_asks_for_yes(folder: Folder) -> None:
     assert folder.run("plan", "--exit-code").code == 3
 
 
+def test_detached_and_no_workers_at_once_is_a_usage_error(folder: Folder) -> None:
+    assert "one of them" in folder.refused("apply", "--yes", "-d", "--no-workers", code=2)
+
+
 def test_a_setting_is_changed_in_place(folder: Folder) -> None:
     folder.ok("apply", "--yes", "--no-workers")
     folder.write("topology.yaml", TOPOLOGY.replace("parcels: {", "parcels: {retention: {max_age: 2d}, "))
@@ -153,9 +157,11 @@ def test_destroy_leaves_nothing_and_refuses_to_lose_events_unasked(folder: Folde
     folder.ok("publish", "parcel.packed", "{}")
     assert "--allow-loss=shop-parcels" in folder.refused("destroy", "--yes")
     assert folder.run("plan", "--exit-code").code == 0
-    folder.ok("destroy", "--yes", "--allow-loss=shop-parcels")
+    hint = folder.refused("destroy", "--yes").partition("orchestrator ")[2].partition(",")[0]
+    folder.ok(*hint.split())
     after = folder.ok("plan", "-o", "json").json["operations"]
     assert {o["action"] for o in after} == {"create"}
+    assert "nothing on the broker is labelled shop" in folder.ok("destroy").err
 
 
 def test_protected_channels_survive_destroy(folder: Folder) -> None:

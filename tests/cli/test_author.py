@@ -19,6 +19,15 @@ def test_init_makes_a_folder_that_validates_with_its_handlers(tmp_path: Path) ->
     assert "my-shop: valid" in made.ok("validate", "--strict", "--handlers").out
 
 
+def test_init_without_a_name_is_a_usage_error_and_json_names_what_it_wrote(tmp_path: Path) -> None:
+    folder = Folder(tmp_path)
+    assert "FOLDER is empty" in folder.refused("init", "", code=2)
+    assert list(tmp_path.iterdir()) == []
+    made = folder.ok("init", "My Team", "-o", "json").json
+    assert (made["version"], made["topology"], made["folder"]) == (1, "my-team", "My Team")
+    assert all((tmp_path / "My Team" / name).exists() for name in made["files"])
+
+
 def test_init_writes_over_nothing(tmp_path: Path) -> None:
     (tmp_path / "shop").mkdir()
     (tmp_path / "shop" / "agents.py").write_text("mine")
@@ -60,6 +69,9 @@ def test_show_prints_the_effective_topology_without_secrets(folder: Folder) -> N
     assert done.code == 0, done
     assert "concurrency: 8" in done.out
     assert "opensesame" not in done.out + done.err
+    data = folder.run("validate", "--show", "-o", "json", TOKEN="opensesame")
+    assert data.json["effective"]["agents"]["pack"]["concurrency"] == 8
+    assert "opensesame" not in data.out + data.err
 
 
 @pytest.mark.parametrize(
@@ -115,6 +127,10 @@ def test_graph_draws_agents_and_channels(folder: Folder) -> None:
     assert "flowchart" in drawn
     assert '-->|"order.placed"| a_pack' in drawn
     assert "digraph" in folder.ok("graph", "-o", "dot").out
+    data = folder.ok("graph", "-o", "json").json
+    assert data["version"] == 1
+    assert {"agent": "pack", "channel": "orders", "kind": "reads", "events": ["order.placed"]} in data["arrows"]
+    assert [a["kind"] for a in data["arrows"]] == ["reads", "publishes", "dead-letters"]
 
 
 def test_schema_is_json_schema() -> None:

@@ -43,6 +43,15 @@ def test_publish_takes_json_a_file_and_stdin(applied: Folder) -> None:
 def test_publish_says_when_nobody_will_handle_it(applied: Folder) -> None:
     assert "no agent" not in applied.ok("publish", "order.placed", '{"item": "cup"}').err
     assert "no agent of shop subscribes to order.changed" in applied.ok("publish", "order.changed", "{}").err
+    assert "pack will not handle it" in applied.ok("publish", "order.placed", '{"item": 1}', "--target", "pakc").err
+    said = applied.refused("request", "order.changed", "{}", "--timeout", "200ms")
+    assert "no agent of shop subscribes to order.changed" in said
+
+
+@pytest.mark.parametrize("option", ["--id", "--key", "--target", "--correlation-id"])
+def test_an_empty_option_is_no_absent_option(applied: Folder, option: str) -> None:
+    assert "it is empty" in applied.refused("publish", "parcel.packed", "{}", option, "", code=2)
+    assert everything(applied) == []
 
 
 def test_the_same_id_twice_takes_effect_once(applied: Folder) -> None:
@@ -62,11 +71,21 @@ def test_the_same_id_twice_takes_effect_once(applied: Folder) -> None:
         (["order.placed", "[1]"], "instead of an object"),
         (["order.placed", "@nowhere.json"], "nowhere.json"),
         (["order.placed", '{"thing": 1}'], "item"),
+        (["order.placed", "@/nowhere"], "cannot read the payload from /nowhere: No such file or directory\n"),
         (["weather.changed", "{}"], "no channel routes the event type 'weather.changed'"),
         (["ordr.placed", "{}"], "did you mean `order.placed`?"),
         (["order.placed\r\nX: y", '{"item": 1}'], "cannot be an event type"),
     ],
-    ids=["no JSON", "no object", "no file", "breaks its schema", "nothing routes it", "misspelt", "hostile type"],
+    ids=[
+        "no JSON",
+        "no object",
+        "no file",
+        "no such place",
+        "breaks its schema",
+        "nothing routes it",
+        "misspelt",
+        "hostile type",
+    ],
 )
 def test_a_wrong_publish_is_refused_and_publishes_nothing(applied: Folder, args: list[str], expected: str) -> None:
     said = applied.refused("publish", *args)
@@ -136,6 +155,8 @@ def test_tail_selects(applied: Folder) -> None:
     assert len(applied.ok(*base, "-n", "1").out.splitlines()) == 1
     assert "the channels are: orders, parcels" in applied.refused("tail", "--channel", "nowhere")
     assert "not a time" in applied.refused("tail", "--from", "yesterday")
+    said = applied.ok("tail", "--from", "1h", "--no-follow", "ordr.placed", "order.*").err
+    assert said.splitlines() == ["no channel takes ordr.placed: did you mean `order.placed`?"]
 
 
 def test_trace_draws_what_caused_what(running: Folder) -> None:
@@ -150,6 +171,8 @@ def test_trace_draws_what_caused_what(running: Folder) -> None:
         ("parcel.packed", "cause"),
     ]
     assert "nothing is stored" in running.refused("trace", "nothing")
+    nothing = running.run("trace", "nothing", "-o", "json")
+    assert (nothing.code, nothing.out) == (1, "")
 
 
 def test_trace_names_what_a_queue_has_let_go_by_what_its_handler_reads(folder: Folder) -> None:
@@ -174,6 +197,7 @@ def test_replay_lets_an_agent_handle_events_again(running: Folder) -> None:
     assert "--yes" in running.refused("replay", "pack", "--from", "earliest", code=2)
     assert "the agents are: pack" in running.refused("replay", "nobody", "--from", "earliest", "--yes")
     assert "not a time" in running.refused("replay", "pack", "--from", "noon", "--yes")
+    assert "in the future" in running.refused("replay", "pack", "--from", "2999-01-01T00:00:00Z", "--yes")
 
 
 def test_a_queue_cannot_be_replayed(folder: Folder) -> None:

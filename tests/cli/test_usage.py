@@ -34,6 +34,14 @@ def test_usage_errors_exit_with_2(wrong: list[str], tmp_path: Path) -> None:
     assert done.out == ""
 
 
+@pytest.mark.parametrize("command", [["plan"], ["apply", "--yes", "-d"], ["status"], ["doctor"], ["stop"]])
+def test_a_state_folder_that_cannot_be_used_is_the_machines_refusal(folder: Folder, command: list[str]) -> None:
+    folder.write(".orchestrator", "a file, not a folder")
+    said = folder.refused(*command)
+    assert "the system refuses: Not a directory" in said
+    assert "must be a folder of yours" in said
+
+
 def test_an_unexpected_exception_is_one_line_and_says_how_to_report(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
