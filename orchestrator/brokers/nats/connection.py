@@ -37,12 +37,12 @@ from orchestrator.brokers.nats.resources import (
     ACK_WAIT,
     LOST,
     REDRIVEN_TYPE,
-    Names,
-    Resources,
     filters_of,
     letters_root,
     safe,
+    start_policy,
 )
+from orchestrator.brokers.nats.streams import Resources
 from orchestrator.errors import BrokerError, BrokerUnavailable, PublishRejected, RefusedError, ResourceMissing
 from orchestrator.topology.model import Broker, Channel, Mode, Subscription, Topology, matches
 
@@ -56,8 +56,8 @@ class NatsConnection:
         self.link = link
         self.topology = topology
         self.broker = broker
-        self.names = Names(topology, broker)
         self.resources = Resources(link, topology, broker)
+        self.names = self.resources.names
         self.sinks: list[base.Sink] = []
         self.wanted = {d.id.name: d for d in resources.desired(topology, broker)}
         self._url = url
@@ -66,6 +66,10 @@ class NatsConnection:
 
     def stream(self, channel: Channel) -> str:
         return safe(channel.address)
+
+    def place(self, subscription: Subscription) -> tuple[str, str]:
+        """(stream, durable)"""
+        return safe(self.topology.channels[subscription.channel].address), safe(subscription.group)
 
     @property
     def schedules(self) -> bool:
@@ -225,30 +229,30 @@ class NatsConnection:
         return sum(await asyncio.gather(*map(one, positions)))
 
     async def redrive(self, subscription: Subscription, message: Outgoing) -> None:
-        channel, names = self.topology.channels[subscription.channel], self.names
-        subject = names.redrive_subject(subscription, channel)
-        await self.resources.create_reader(names.inbox, names.redrive_durable(subscription, channel), subject)
+        place, names = self.place(subscription), self.names
+        subject, durable = names.redriven(*place)
+        await self.resources.create_reader(names.inbox, durable, subject)
         kind = message.event_type.replace("\r", " ").replace("\n", " ")
         extra = f"{REDRIVEN_TYPE}: {kind}\r\n".encode("utf-8", "surrogateescape")
         header = head("", message.correlation_id, message.headers, extra)
         await self._producer.store(subject, header, message.body, names.inbox)
-        self.link.client.send(f"PUB {names.bell(subscription, channel)} 0\r\n\r\n".encode())
+        self.link.client.send(f"PUB {names.bell(*place)} 0\r\n\r\n".encode())
 
     async def lag(self, subscriptions: Sequence[Subscription]) -> Mapping[tuple[str, str], Lag]:
         found = await asyncio.gather(*map(self._lag, subscriptions))
         return {(s.agent, s.channel): lag for s, lag in zip(subscriptions, found, strict=True)}
 
     async def _lag(self, subscription: Subscription) -> Lag:
-        channel = self.topology.channels[subscription.channel]
-        stream, names = self.stream(channel), self.names
-        info = await self.link.api(f"CONSUMER.INFO.{stream}.{safe(subscription.group)}")
+        stream, durable = self.place(subscription)
+        names = self.names
+        info = await self.link.api(f"CONSUMER.INFO.{stream}.{durable}")
         try:
-            inbox = await self.link.api(f"CONSUMER.INFO.{names.inbox}.{names.redrive_durable(subscription, channel)}")
+            inbox = await self.link.api(f"CONSUMER.INFO.{names.inbox}.{names.redriven(stream, durable)[1]}")
         except ResourceMissing:
             inbox = {}  # nothing was ever redriven
         waiting = int(info.get("num_pending", 0)) + int(inbox.get("num_pending", 0))
         pending = int(info.get("num_ack_pending", 0)) + int(inbox.get("num_ack_pending", 0))
-        history_root = names.history_root(subscription, channel)
+        history_root = names.histories(stream, durable)
         delayed = min(pending, await self._delayed(history_root)) if pending else 0
         oldest = 0.0
         for subject in filters_of(info["config"]) if waiting or pending else ():
@@ -280,12 +284,13 @@ class NatsConnection:
             raise RefusedError(
                 f"channel {channel.name} is a queue: what was handled is gone", hint="replay needs `mode: log`"
             )
-        wanted = self.wanted[f"{self.stream(channel)}/{safe(subscription.group)}"]
-        policy = {"earliest": "all", "latest": "new"}.get(str(start), str(start))
+        wanted = self.wanted["/".join(self.place(subscription))]
         for one in await self.resources.observe([wanted]):
             if one.id == wanted.id:
                 await self.resources.delete(one)
-        await self.resources.create(replace(wanted, settings={**wanted.settings, "deliver_policy": policy}))
+        await self.resources.create(
+            replace(wanted, settings={**wanted.settings, "deliver_policy": start_policy(start)})
+        )
 
     async def count(self, channel: Channel) -> int:
         return int((await self.link.api(f"STREAM.INFO.{self.stream(channel)}"))["state"]["messages"])
@@ -341,14 +346,14 @@ class NatsConnection:
 
     async def heal(self, subscription: Subscription, floor: int) -> list[str]:
         """Makes again what `subscription` needs and is gone; returns what that was. Raises BrokerError."""
-        channel, names = self.topology.channels[subscription.channel], self.names
-        stream, durable = self.stream(channel), safe(subscription.group)
+        names = self.names
+        stream, durable = self.place(subscription)
         healed: list[str] = []
         for name in (stream, names.state, names.inbox, names.later):
             if await self.resources.config(name) is None:
                 await self._make(name)
                 healed.append(f"stream {name}")
-        redriven, subject = names.redrive_durable(subscription, channel), names.redrive_subject(subscription, channel)
+        subject, redriven = names.redriven(stream, durable)
         await self.resources.create_reader(names.inbox, redriven, subject)
         await self.resources.create_reader(names.later, names.relay, f"{names.later_root}due")
         if await self.resources.config(stream, durable) is None:
@@ -358,7 +363,8 @@ class NatsConnection:
             after = 0 if f"stream {stream}" in healed else floor
             # wherever it once began: what came before that is below the floor, and what came since must not be skipped
             start = {"deliver_policy": "by_start_sequence", "opt_start_seq": after + 1}
-            await self.resources.create(wanted, start=start if channel.mode is Mode.LOG else None)
+            log = self.topology.channels[subscription.channel].mode is Mode.LOG
+            await self.resources.create(wanted, start=start if log else None)
             healed.append(f"consumer {stream}/{durable}")
         return healed
 

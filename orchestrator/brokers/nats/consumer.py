@@ -357,7 +357,7 @@ class NatsConsumer(Vigil):
         self._connection.producer().publish(self._subject(delivery).encode(), b"", record.encode(), self._state, done)
 
     def _subject(self, delivery: NatsDelivery) -> str:
-        return f"{self._history_root}{self._suffix(delivery)}"
+        return f"{self._histories}{self._suffix(delivery)}"
 
     def _suffix(self, delivery: NatsDelivery) -> str:
         """The last token of the history's subject: the sequence, and an r before it for a redriven event."""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from orchestrator.brokers.base import History, Sink
 from orchestrator.brokers.nats.client import Json, Link, headers_of, status_of
 from orchestrator.brokers.nats.internals import Receive
-from orchestrator.brokers.nats.resources import ACK_WAIT, LOST, filters_of, safe
+from orchestrator.brokers.nats.resources import ACK_WAIT, LOST, filters_of
 from orchestrator.errors import BrokerError, OrchestratorError, ResourceMissing
 from orchestrator.topology.model import Subscription
 
@@ -169,16 +169,15 @@ class Vigil(ABC):
         self._channel = connection.topology.channels[subscription.channel]
         self._slot = slot
         names = connection.names
-        self._history_root = names.history_root(subscription, self._channel)
+        stream, durable = connection.place(subscription)
+        self._histories = names.histories(stream, durable)
         self._state = names.state
         self._purge = f"{self._link.api_root}STREAM.PURGE.{names.state}".encode()
         self._prefix = len(connection.broker.prefix.encode())
-        self._redrive_subject = names.redrive_subject(subscription, self._channel)
-        self._bell = names.bell(subscription, self._channel)
+        self._redriven, redriven = names.redriven(stream, durable)
+        self._bell = names.bell(stream, durable)
         self._bell_sid = b""
         self._ringing = False  # redriven events are there, or were
-        stream, durable = safe(self._channel.address), safe(subscription.group)
-        redriven = names.redrive_durable(subscription, self._channel)
         self._main = Lane(self._link, stream, durable, self._on_main, self._on_late, self._on_lost)
         self._redrive = Lane(self._link, names.inbox, redriven, self._on_redrive, self._on_late, self._on_lost)
         self._due = Lane(self._link, names.later, names.relay, self._on_due, self._on_late, self._on_lost)
@@ -187,7 +186,7 @@ class Vigil(ABC):
         self._send = connection.producer().send
         channel = self._channel
         exact = set(subscription.events) == set(channel.events) and not channel.external and not channel.dead_letters
-        self._trimmed = Trimmed(connection, stream, self._history_root + LOST, exact, self._alarm)
+        self._trimmed = Trimmed(connection, stream, self._histories + LOST, exact, self._alarm)
         self._looked = 0.0
         self._sink: Sink | None = None
         self._free = 0
@@ -240,7 +239,7 @@ class Vigil(ABC):
         """Reads position and histories. Raises ResourceMissing or BrokerUnavailable."""
         await self._look()
         inbox, due = self._redrive, self._due
-        held = await self._link.api(f"STREAM.INFO.{inbox.stream}", {"subjects_filter": self._redrive_subject})
+        held = await self._link.api(f"STREAM.INFO.{inbox.stream}", {"subjects_filter": self._redriven})
         inbox.of(held)
         if held["state"].get("subjects"):
             await self._link.api(f"CONSUMER.INFO.{inbox.stream}.{inbox.durable}")
@@ -248,7 +247,7 @@ class Vigil(ABC):
         if due in self._lanes:
             await self._link.api(f"CONSUMER.INFO.{due.stream}.{due.durable}")
         known: dict[str, Record] = {}
-        async for raw in self._link.read(self._state, subject=self._history_root + "*"):
+        async for raw in self._link.read(self._state, subject=self._histories + "*"):
             suffix = raw.subject.rpartition(".")[2]
             if suffix == LOST:
                 continue
