@@ -8,7 +8,8 @@ import sys
 import time
 
 from confluent_kafka import Consumer, KafkaException, Producer
-from confluent_kafka.admin import AdminClient, NewTopic
+from confluent_kafka.admin import AdminClient
+from confluent_kafka.cimpl import NewTopic
 from faststream import AckPolicy
 from faststream.confluent import KafkaBroker
 
@@ -20,7 +21,7 @@ IN_FLIGHT = int(os.environ.get("BENCH_IN_FLIGHT", "64"))
 RUN = os.environ.get("BENCH_RUN", "0")  # topics cannot be emptied at once, so each round has its own
 
 
-def headers(event: AgentEvent) -> dict[str, str]:
+def headers(event: AgentEvent) -> dict[str, str | bytes | None]:
     return {
         "event-type": event.event_type,
         "source-agent": event.source_agent,
@@ -73,7 +74,7 @@ def by_hand(work: str) -> None:
         for message in batch:
             if message.error():
                 raise KafkaException(message.error())
-            event = AgentEvent.from_bytes(message.value())
+            event = AgentEvent.from_bytes(message.value() or b"")
             if work == "pipeline":
                 for out in outputs(event):
                     producer.produce(

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 from orchestrator import AgentEvent, Context
 
@@ -93,7 +94,7 @@ async def redis_main(url: str, record: Path, raw_record: Path, count: int) -> No
 async def redis_bare(url: str) -> None:
     import redis.asyncio as redis
 
-    client = redis.from_url(url)
+    client: Any = redis.from_url(url)  # its types do not say what an answer holds
     print("ready", flush=True)
     while True:
         for _, entries in await client.xreadgroup("raw", "one", {"latencyraw": ">"}, count=1, block=1000) or ():
@@ -104,9 +105,10 @@ async def redis_bare(url: str) -> None:
 
 async def kafka_main(url: str, record: Path, raw_record: Path, count: int) -> None:
     from confluent_kafka import Producer
-    from confluent_kafka.admin import AdminClient, NewTopic
+    from confluent_kafka.admin import AdminClient
+    from confluent_kafka.cimpl import NewTopic
 
-    servers = {"bootstrap.servers": url.removeprefix("kafka://")}
+    servers: dict[str, str | int | float | bool] = {"bootstrap.servers": url.removeprefix("kafka://")}
     admin = AdminClient(servers)
     (address,) = [t for t in admin.list_topics(timeout=10).topics if t.endswith("latency-tasks")]
     admin.create_topics([NewTopic("latencyraw", 1, 1)])["latencyraw"].result(timeout=10)

@@ -9,6 +9,7 @@ import sys
 import nats
 from faststream import AckPolicy
 from faststream.nats import JStream, NatsBroker, PullSub
+from nats.aio.msg import Msg
 from nats.js.api import ConsumerConfig, DiscardPolicy, RetentionPolicy, StreamConfig
 
 from benchmarks.workload import Meter, outputs
@@ -59,7 +60,7 @@ async def by_hand(work: str) -> None:
     slots = asyncio.Semaphore(IN_FLIGHT)
     running: set[asyncio.Task[None]] = set()
 
-    async def pipeline(msg: nats.aio.msg.Msg) -> None:
+    async def pipeline(msg: Msg) -> None:
         event = AgentEvent.from_bytes(msg.data)
         for out in outputs(event):
             await js.publish(f"hand.out.{out.event_type}", out.to_bytes(), headers={"Nats-Msg-Id": out.event_id})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+from typing import Any
 
 import redis.asyncio as redis
 from faststream import AckPolicy
@@ -29,7 +30,7 @@ def fields(event: AgentEvent) -> dict[str, str | bytes]:
 
 async def seed(events: list[AgentEvent], contender: str) -> None:
     """Fresh streams for `contender`, holding `events`."""
-    client = redis.from_url(URL)
+    client: Any = redis.from_url(URL)  # its types do not say what an answer holds
     await client.delete(f"{contender}:in", f"{contender}:out")
     await client.xgroup_create(f"{contender}:in", "bench", id="0", mkstream=True)
     await client.aclose()
@@ -38,7 +39,7 @@ async def seed(events: list[AgentEvent], contender: str) -> None:
 
 async def fill(events: list[AgentEvent], stream: str, *, plain: bool = False) -> None:
     """Adds `events` to `stream`; `plain` is the form that FastStream reads."""
-    client = redis.from_url(URL)
+    client: Any = redis.from_url(URL)  # its types do not say what an answer holds
     async with client.pipeline(transaction=False) as pipe:
         for event in events:
             pipe.xadd(stream, {"__data__": event.to_bytes()} if plain else fields(event))
@@ -49,7 +50,7 @@ async def fill(events: list[AgentEvent], stream: str, *, plain: bool = False) ->
 async def by_hand(work: str) -> None:
     """XREADGROUP, one task an event, at most IN_FLIGHT of them; each XADD and XACK is one round trip."""
     meter = Meter.from_env()
-    client = redis.from_url(URL)
+    client: Any = redis.from_url(URL)  # its types do not say what an answer holds
     slots = asyncio.Semaphore(IN_FLIGHT)
     running: set[asyncio.Task[None]] = set()
 
