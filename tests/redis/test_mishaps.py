@@ -14,7 +14,7 @@ from orchestrator.brokers.redis import consumer as consuming
 from orchestrator.brokers.redis import reading_scripts as scripts
 from orchestrator.brokers.redis import settling
 from orchestrator.brokers.redis.link import Link
-from orchestrator.brokers.redis.producer import Op, Pump
+from orchestrator.brokers.redis.pump import Op, Pump
 from orchestrator.errors import OrchestratorError
 from tests.conformance.driver_redis import RedisDriver
 from tests.conformance.rig import Lab, Rig, elapse, eventually, outcome

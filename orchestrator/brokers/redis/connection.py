@@ -6,6 +6,8 @@ Where the walks of this package begin: Adapter.connect → reconcile (resources)
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 
@@ -13,16 +15,31 @@ from redis.exceptions import AuthenticationError
 
 from orchestrator import clock
 from orchestrator.brokers import base as border
-from orchestrator.brokers.base import Capabilities, Connection, Desired, Fact, Lag, Observed, Outgoing, Start, Stored
+from orchestrator.brokers.base import (
+    Capabilities,
+    Connection,
+    Desired,
+    Done,
+    Fact,
+    Lag,
+    Observed,
+    Outgoing,
+    Producer,
+    Start,
+    Stored,
+)
 from orchestrator.brokers.redis import resource_scripts, resources
 from orchestrator.brokers.redis.consumer import LEASE, RedisConsumer
-from orchestrator.brokers.redis.entries import fields, parse
-from orchestrator.brokers.redis.link import Link, base
-from orchestrator.brokers.redis.producer import Pump, RedisProducer, Replies, Source, is_queue
+from orchestrator.brokers.redis.link import Link, Wire, base
+from orchestrator.brokers.redis.pump import Op, Pump, Source, check, fields, is_queue, refusal
 from orchestrator.brokers.redis.resources import Resources
-from orchestrator.errors import BrokerError, BrokerUnavailable, ResourceMissing
+from orchestrator.brokers.redis.settling import parse
+from orchestrator.errors import BrokerError, BrokerUnavailable, PublishRejected, ResourceMissing
 from orchestrator.topology.model import Broker, Channel, Mode, Subscription, Topology, matches
 
+_log = logging.getLogger(__name__)
+_UNCONFIRMED = 4096
+_REPLY_TTL = 60_000
 _ID_KEY = "orchestrator:cluster-id"
 
 
@@ -245,6 +262,115 @@ def _sync_fact(value: str) -> Fact:
     if value == "always":
         return Fact("appendfsync", value)
     return Fact("appendfsync", value, "warning", "a power loss loses the last second: set appendfsync always")
+
+
+class RedisProducer(Producer):
+    def __init__(self, link: Link, pump: Callable[[str], Pump], channels: Sequence[Channel]) -> None:
+        self._link, self._pump = link, pump
+        self._streams = [channel.address for channel in channels]
+        self._unconfirmed = 0
+        self._room = asyncio.Event()
+        self._replies: set[asyncio.Task[None]] = set()
+
+    def send(self, message: Outgoing, done: Done) -> None:
+        check(message)
+        self._unconfirmed += 1
+
+        def finish(op: Op, word: str) -> None:
+            self._unconfirmed -= 1
+            if self._unconfirmed < _UNCONFIRMED:
+                self._room.set()
+            done(refusal(word, f"{message.event_type} {message.event_id}") if word else None)
+
+        self._pump(message.channel.address).add(Op("publish", finish, outputs=(message,)))
+
+    @property
+    def ready(self) -> bool:
+        return self._unconfirmed < _UNCONFIRMED
+
+    async def wait_ready(self) -> None:
+        while not self.ready:
+            self._room.clear()
+            await self._room.wait()
+
+    def reply(self, address: str, message: Outgoing, done: Done) -> None:
+        check(message)
+        # Whoever asks names the address, and may be less trusted than we are.
+        if any(address == stream or address.startswith(f"{base(stream)}:") for stream in self._streams):
+            raise PublishRejected(f"{address!r} is no reply address", hint="reply-to must be the asker's own stream")
+        task = asyncio.get_running_loop().create_task(self._reply(address, message, done))
+        self._replies.add(task)
+        task.add_done_callback(self._replies.discard)
+
+    async def _reply(self, address: str, message: Outgoing, done: Done) -> None:
+        command = ("XADD", address, "NOMKSTREAM", "*", *fields(message))
+        deadline = asyncio.get_running_loop().time() + 10
+        while True:
+            try:
+                await self._link.call(address, *command)  # nothing is added when the requester has gone
+                return done(None)
+            except BrokerUnavailable as error:
+                if asyncio.get_running_loop().time() > deadline:
+                    return done(error)
+                await asyncio.sleep(0.2)
+            except BrokerError as error:
+                return done(PublishRejected(f"the reply to {address} was refused: {error}", hint=error.hint))
+
+
+class Replies:
+    """A process's reply inbox: a stream of its own that expires soon after the process has gone."""
+
+    def __init__(self, link: Link, prefix: str, receive: Callable[[bytes, Mapping[str, str]], None]) -> None:
+        self.address = f"{prefix}replies:{uuid.uuid4().hex}"
+        self._link, self._receive = link, receive
+        self._task: asyncio.Task[None] | None = None
+
+    async def open(self) -> str:
+        await self._make()
+        self._task = asyncio.get_running_loop().create_task(self._read(), name="redis replies")
+        return self.address
+
+    async def _make(self) -> None:
+        if not await self._link.call(self.address, "EXISTS", self.address):
+            await self._link.call(self.address, "XGROUP", "CREATE", self.address, "@new", "0", "MKSTREAM")
+        await self._link.call(self.address, "PEXPIRE", self.address, _REPLY_TTL)
+
+    async def _read(self) -> None:
+        last, extended = b"0-0", 0.0
+        wire: Wire | None = None
+        loop = asyncio.get_running_loop()
+        try:
+            while True:
+                try:
+                    if loop.time() > extended + 5:
+                        await self._make()
+                        await self._link.call(self.address, "XTRIM", self.address, "MINID", "~", last)
+                        extended = loop.time()
+                    with self._link.translated():
+                        if wire is None or wire.closed:
+                            wire = await self._link.fresh(self.address)
+                        found = await wire.ask("XREAD", "COUNT", 256, "BLOCK", 1000, "STREAMS", self.address, last)
+                except BrokerError:  # the requests that wait time out; the inbox itself comes back
+                    extended = 0.0
+                    await asyncio.sleep(0.2)
+                    continue
+                for entry_id, flat in found[0][1] if found else ():
+                    last = entry_id
+                    body, headers, _ = parse(flat)
+                    try:
+                        self._receive(body, headers)
+                    except Exception:  # one reply that cannot be read must not cost all others theirs
+                        _log.exception("the reply %s could not be taken", entry_id)
+        finally:
+            if wire is not None:
+                wire.close()
+
+    async def close(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+        with contextlib.suppress(BrokerError):  # it expires by itself
+            await self._link.call(self.address, "DEL", self.address)
 
 
 class RedisAdapter:

@@ -21,7 +21,7 @@ from redis.exceptions import ResponseError
 from orchestrator.brokers.base import FRESH, Consumer, Delivery, Done, Ended, History, Left, Outgoing, Sink
 from orchestrator.brokers.redis import reading_scripts as scripts
 from orchestrator.brokers.redis.link import ERRORS, Wire, digest, passing
-from orchestrator.brokers.redis.producer import Source
+from orchestrator.brokers.redis.pump import Source
 from orchestrator.brokers.redis.settling import Holdings, RedisDelivery
 from orchestrator.errors import BrokerError, ResourceMissing
 from orchestrator.topology.model import Channel, Subscription, matches

@@ -24,7 +24,7 @@ from orchestrator.brokers.base import (
 )
 from orchestrator.brokers.redis import resource_scripts
 from orchestrator.brokers.redis.link import Link, base
-from orchestrator.brokers.redis.producer import Source, is_queue
+from orchestrator.brokers.redis.pump import Source, is_queue
 from orchestrator.errors import BrokerError, RefusedError, ResourceMissing
 from orchestrator.topology.model import Broker, Channel, Mode, Subscription, Topology, matches
 

@@ -6,14 +6,14 @@ Each end is one act of the COMMIT script, fenced by who holds the entry. What th
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from collections.abc import Callable, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from orchestrator.brokers.base import Delivery, Done, History, Outgoing, Sink
 from orchestrator.brokers.redis import reading_scripts as scripts
-from orchestrator.brokers.redis.entries import check, parse
-from orchestrator.brokers.redis.producer import Op, Pump, Source, is_queue, refusal
+from orchestrator.brokers.redis.pump import FIELDS, IN_FIELDS, Op, Pump, Source, check, is_queue, refusal
 from orchestrator.errors import BrokerError, BrokerUnavailable, PublishRejected
 from orchestrator.topology.model import Channel, Subscription
 
@@ -24,6 +24,13 @@ _log = logging.getLogger(__name__)
 #: What an act finds that had happened when its answer was lost.
 _HAPPENED = {"ack": "GONE", "settle": "GONE", "back": "TAKEN"}
 _ENDS = {"ack": "settling of", "settle": "output of", "back": "return of", "mark": "history of"}
+
+
+#: A script can write no more than some 4,000 fields. Of an entry with too many so few are kept that its dead letter,
+#: which has them and its own, is below the limit.
+_TOO_MANY, _KEPT = 1200, 1000
+_USUAL = [name.encode() for name in FIELDS]
+_OF_FIELDS = {field.encode(): header for header, field in IN_FIELDS.items()}
 
 
 class RedisDelivery(Delivery):
@@ -45,6 +52,50 @@ class RedisDelivery(Delivery):
         self.entry = entry
         self.kept = False  # a history is stored
         self.orphan = False  # the stream was deleted under it: nothing is left to settle
+
+
+def parse(flat: Sequence[bytes]) -> tuple[bytes, dict[str, str], str | None]:
+    """Body, headers and event type of an entry, whoever wrote it; the type that the body names when no field does.
+    Fields that are not text are surrogate-escaped, and those of an entry with too many are left out."""
+    if flat[0:10:2] == _USUAL and len(flat) <= 2 * _TOO_MANY:  # as this package writes it
+        body, event_type, rest = flat[9], str(flat[3], "utf-8", "replace"), iter(flat[10:])
+        headers = {"event-id": _text(flat[1]), "source-agent": _text(flat[5]), "correlation-id": _text(flat[7])}
+        if "" in headers.values():
+            headers = {name: value for name, value in headers.items() if value}
+        for name, value in zip(rest, rest, strict=False):
+            headers[_text(name)] = _text(value)
+        return body, headers, event_type
+    body, kind, headers, known = b"", None, {}, {}
+    pairs = iter(flat if len(flat) <= 2 * _TOO_MANY else _shortened(flat))
+    for name, value in zip(pairs, pairs, strict=False):
+        if name == b"payload":
+            body = value
+        elif name == b"event_type":
+            kind = value.decode("utf-8", "replace")
+        elif (header := _OF_FIELDS.get(name)) is not None:
+            if value:
+                known[header] = _text(value)
+        else:
+            headers[_text(name)] = _text(value)
+    return body, {**known, **headers}, kind if kind is not None else _type_in(body)
+
+
+def _text(value: bytes) -> str:
+    return str(value, "utf-8", "surrogateescape")
+
+
+def _shortened(flat: Sequence[bytes]) -> Sequence[bytes]:
+    at = next((n for n in range(0, len(flat) - 1, 2) if flat[n] == b"payload"), 0)
+    return [*flat[at : at + 2], *flat[: 2 * _KEPT]]
+
+
+def _type_in(body: bytes) -> str | None:
+    try:
+        found = json.loads(body)
+    except ValueError:
+        return None
+    kind = found.get("event_type") if isinstance(found, dict) else None
+    return kind if isinstance(kind, str) else None
 
 
 class Holdings:

@@ -1,4 +1,5 @@
-"""The way out: the pump that sends publishes and settlements in order, many a script, and what is built on it.
+"""The way out: acts (publish, settle, give back, mark) that the pump sends in order, many a script; and what an entry
+looks like when it is written (contract section 3).
 
 One publish is one message id, so the pump may send a batch again when it does not know what became of it.
 """
@@ -8,16 +9,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import uuid
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from redis.exceptions import ResponseError
 
-from orchestrator.brokers.base import Done, Outgoing, Producer
+from orchestrator.brokers.base import Done, Outgoing
 from orchestrator.brokers.redis import scripts
-from orchestrator.brokers.redis.entries import FIELDS, check, fields, headers_of, parse
 from orchestrator.brokers.redis.link import ERRORS, Link, Wire, base, digest, passing
 from orchestrator.errors import BrokerError, BrokerUnavailable, OrchestratorError, PublishRejected
 from orchestrator.topology.model import Channel, Mode, Overflow
@@ -25,8 +24,9 @@ from orchestrator.topology.model import Channel, Mode, Overflow
 _log = logging.getLogger(__name__)
 _BATCH, _BATCH_BYTES = 32, 1 << 20
 _SETTLING, _WRITING = ("ack", "settle"), ("publish", "settle")
-_UNCONFIRMED = 4096
-_REPLY_TTL = 60_000
+FIELDS = ("event_id", "event_type", "source_agent", "correlation_id", "payload")
+IN_FIELDS = {"event-id": "event_id", "source-agent": "source_agent", "correlation-id": "correlation_id"}
+_SPECIAL = frozenset({*FIELDS, *IN_FIELDS})
 
 
 class Op:
@@ -91,7 +91,7 @@ class Pump:
         self._mending: asyncio.Task[None] | None = None
         self._idle = asyncio.Event()
         self._idle.set()
-        self._troubled = False
+        self._troubled = self._closed = False
         self._packer = Packer()
         self.listeners: set[Callable[[str | None], None]] = set()
 
@@ -106,6 +106,7 @@ class Pump:
 
     async def close(self, patience: float) -> None:
         await self.flush(patience)
+        self._closed = True
         if self._mending is not None:
             self._mending.cancel()
             await asyncio.wait([self._mending])
@@ -212,7 +213,7 @@ class Pump:
             op.end(word)
 
     def _mend(self) -> None:
-        if self._mending is None:
+        if self._mending is None and not self._closed:
             self._mending = self._loop.create_task(self._mend_on(), name="redis pump")
 
     async def _mend_on(self) -> None:
@@ -391,113 +392,49 @@ def refusal(word: str, what: str) -> BrokerError:
     return PublishRejected(f"{what} was refused: {word}", hint="look at the server's state and permissions")
 
 
-# --- the Protocol's producer ----------------------------------------------------------------------------------
+# --- entries ----------------------------------------------------------------------------------------------------------
 
 
-class RedisProducer(Producer):
-    def __init__(self, link: Link, pump: Callable[[str], Pump], channels: Sequence[Channel]) -> None:
-        self._link, self._pump = link, pump
-        self._streams = [channel.address for channel in channels]
-        self._unconfirmed = 0
-        self._room = asyncio.Event()
-        self._replies: set[asyncio.Task[None]] = set()
-
-    def send(self, message: Outgoing, done: Done) -> None:
-        check(message)
-        self._unconfirmed += 1
-
-        def finish(op: Op, word: str) -> None:
-            self._unconfirmed -= 1
-            if self._unconfirmed < _UNCONFIRMED:
-                self._room.set()
-            done(refusal(word, f"{message.event_type} {message.event_id}") if word else None)
-
-        self._pump(message.channel.address).add(Op("publish", finish, outputs=(message,)))
-
-    @property
-    def ready(self) -> bool:
-        return self._unconfirmed < _UNCONFIRMED
-
-    async def wait_ready(self) -> None:
-        while not self.ready:
-            self._room.clear()
-            await self._room.wait()
-
-    def reply(self, address: str, message: Outgoing, done: Done) -> None:
-        check(message)
-        # Whoever asks names the address, and may be less trusted than we are.
-        if any(address == stream or address.startswith(f"{base(stream)}:") for stream in self._streams):
-            raise PublishRejected(f"{address!r} is no reply address", hint="reply-to must be the asker's own stream")
-        task = asyncio.get_running_loop().create_task(self._reply(address, message, done))
-        self._replies.add(task)
-        task.add_done_callback(self._replies.discard)
-
-    async def _reply(self, address: str, message: Outgoing, done: Done) -> None:
-        command = ("XADD", address, "NOMKSTREAM", "*", *fields(message))
-        deadline = asyncio.get_running_loop().time() + 10
-        while True:
-            try:
-                await self._link.call(address, *command)  # nothing is added when the requester has gone
-                return done(None)
-            except BrokerUnavailable as error:
-                if asyncio.get_running_loop().time() > deadline:
-                    return done(error)
-                await asyncio.sleep(0.2)
-            except BrokerError as error:
-                return done(PublishRejected(f"the reply to {address} was refused: {error}", hint=error.hint))
+def headers_of(message: Outgoing) -> Mapping[str, str]:
+    """The fields that an entry has beside FIELDS."""
+    headers = message.headers
+    if _SPECIAL.isdisjoint(headers):
+        return headers
+    found = {}
+    for name, value in headers.items():
+        if name in IN_FIELDS and value == getattr(message, IN_FIELDS[name]):
+            continue
+        found[f"x-{name}" if name in FIELDS else name] = value
+    return found
 
 
-class Replies:
-    """A process's reply inbox: a stream of its own that expires soon after the process has gone."""
+def fields(message: Outgoing) -> list[str | bytes]:
+    """All fields and values (contract section 3)."""
+    found: list[str | bytes] = [
+        "event_id", message.event_id, "event_type", message.event_type, "source_agent", message.source_agent,
+        "correlation_id", message.correlation_id, "payload", message.body,
+    ]  # fmt: skip
+    for name, value in headers_of(message).items():
+        found += (name, value)
+    return found
 
-    def __init__(self, link: Link, prefix: str, receive: Callable[[bytes, Mapping[str, str]], None]) -> None:
-        self.address = f"{prefix}replies:{uuid.uuid4().hex}"
-        self._link, self._receive = link, receive
-        self._task: asyncio.Task[None] | None = None
 
-    async def open(self) -> str:
-        await self._make()
-        self._task = asyncio.get_running_loop().create_task(self._read(), name="redis replies")
-        return self.address
+_good_types: set[str] = set()
 
-    async def _make(self) -> None:
-        if not await self._link.call(self.address, "EXISTS", self.address):
-            await self._link.call(self.address, "XGROUP", "CREATE", self.address, "@new", "0", "MKSTREAM")
-        await self._link.call(self.address, "PEXPIRE", self.address, _REPLY_TTL)
 
-    async def _read(self) -> None:
-        last, extended = b"0-0", 0.0
-        wire: Wire | None = None
-        loop = asyncio.get_running_loop()
-        try:
-            while True:
-                try:
-                    if loop.time() > extended + 5:
-                        await self._make()
-                        await self._link.call(self.address, "XTRIM", self.address, "MINID", "~", last)
-                        extended = loop.time()
-                    with self._link.translated():
-                        if wire is None or wire.closed:
-                            wire = await self._link.fresh(self.address)
-                        found = await wire.ask("XREAD", "COUNT", 256, "BLOCK", 1000, "STREAMS", self.address, last)
-                except BrokerError:  # the requests that wait time out; the inbox itself comes back
-                    extended = 0.0
-                    await asyncio.sleep(0.2)
-                    continue
-                for entry_id, flat in found[0][1] if found else ():
-                    last = entry_id
-                    body, headers, _ = parse(flat)
-                    try:
-                        self._receive(body, headers)
-                    except Exception:  # one reply that cannot be read must not cost all others theirs
-                        _log.exception("the reply %s could not be taken", entry_id)
-        finally:
-            if wire is not None:
-                wire.close()
-
-    async def close(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait([self._task])
-        with contextlib.suppress(BrokerError):  # it expires by itself
-            await self._link.call(self.address, "DEL", self.address)
+def check(message: Outgoing) -> None:
+    """Raises PublishRejected for names and headers that not every broker's wire could carry."""
+    kind = message.event_type
+    if kind not in _good_types:
+        if not kind or any(c in "*>" or c.isspace() or not c.isprintable() for c in kind):
+            raise PublishRejected(f"{kind!r} is no event type", hint="use letters, digits, _ - and dots")
+        if len(_good_types) < 10_000:
+            _good_types.add(kind)
+    for text in (message.event_id, message.source_agent, message.correlation_id):
+        if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
+            raise PublishRejected(f"{text!r} is no text that UTF-8 can carry", hint="use another id")
+    for name, value in message.headers.items():
+        if name.isidentifier() and value.isprintable():
+            continue  # the usual case
+        if not name or any(c in "\r\n\0:" for c in name) or any(c in "\r\n\0" for c in value):
+            raise PublishRejected(f"the header {name!r} holds a line break or a colon", hint="take it out")
