@@ -233,8 +233,7 @@ class NatsConnection:
         subject, durable = names.redriven(*place)
         await self.resources.create_reader(names.inbox, durable, subject)
         kind = message.event_type.replace("\r", " ").replace("\n", " ")
-        extra = f"{REDRIVEN_TYPE}: {kind}\r\n".encode("utf-8", "surrogateescape")
-        header = head("", message.correlation_id, message.headers, extra)
+        header = head("", message.correlation_id, message.headers, f"{REDRIVEN_TYPE}: {kind}\r\n")
         await self._producer.store(subject, header, message.body, names.inbox)
         self.link.client.send(f"PUB {names.bell(*place)} 0\r\n\r\n".encode())
 

@@ -90,7 +90,7 @@ class NatsProducer:
 
     def send(self, message: Outgoing, done: Done) -> None:
         home: Channel | str = message.channel
-        extra = b""
+        extra = ""
         subject = self._subject(message)
         if message.delay > 0:
             home = self._connection.names.later
@@ -128,7 +128,7 @@ class NatsProducer:
             self._subjects[message.event_type] = subject
         return subject
 
-    def _later(self, message: Outgoing, target: str) -> tuple[bytes, bytes]:
+    def _later(self, message: Outgoing, target: str) -> tuple[bytes, str]:
         """Subject and headers of a delayed event: the server lets it go at its time, consumer.py moves it on."""
         if not self._connection.schedules:
             raise PublishRejected(
@@ -142,7 +142,7 @@ class NatsProducer:
             f"{LATER_SUBJECT}: {target}\r\n{LATER_ID}: {_escape(message.message_id)}\r\n"
             f"{LATER_CHANNEL}: {message.channel.name}\r\n"
         )
-        return f"{root}at.{unique}".encode(), extra.encode("utf-8", "surrogateescape")
+        return f"{root}at.{unique}".encode(), extra
 
     # --- frames -----------------------------------------------------------------------------------------------
 
@@ -288,13 +288,13 @@ class NatsProducer:
         self._wake()
 
 
-def head(message_id: str, correlation_id: str, headers: dict[str, str], extra: bytes = b"") -> bytes:
+def head(message_id: str, correlation_id: str, headers: dict[str, str], extra: str = "") -> bytes:
     """The header block. Ids are escaped where they could break a line; other headers must be safe as they are."""
     ids = message_id + correlation_id
     if not ids.isprintable() or "%" in ids:
         message_id, correlation_id = _escape(message_id), _escape(correlation_id)
-    text = f"NATS/1.0\r\nNats-Msg-Id: {message_id}\r\n" if message_id else "NATS/1.0\r\n"
-    text += f"correlation-id: {correlation_id}\r\n"
+    named = f"Nats-Msg-Id: {message_id}\r\n" if message_id else ""
+    text = f"NATS/1.0\r\n{named}correlation-id: {correlation_id}\r\n"
     for name, value in headers.items():
         if name != "traceparent":  # ours, in each event
             if name.lower() == "correlation-id":
@@ -306,7 +306,7 @@ def head(message_id: str, correlation_id: str, headers: dict[str, str], extra: b
         if not value.isprintable() and _LINE_BREAK.search(value):
             raise PublishRejected(f"the header {name} holds a line break", hint="headers are one line of text")
         text += f"{name}: {value}\r\n"
-    return text.encode("utf-8", "surrogateescape") + extra + b"\r\n"
+    return f"{text}{extra}\r\n".encode("utf-8", "surrogateescape")
 
 
 def _escape(text: str) -> str:
