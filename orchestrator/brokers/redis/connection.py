@@ -43,11 +43,10 @@ _REPLY_TTL = 60_000
 _ID_KEY = "orchestrator:cluster-id"
 
 
-class RedisConnection(Connection):
+class RedisConnection(Resources, Connection):
     def __init__(self, topology: Topology, broker: Broker, name: str, link: Link, version: tuple[int, ...]) -> None:
-        self.topology, self.broker, self.link, self.version = topology, broker, link, version
+        super().__init__(link, topology, broker, version)
         self._name = name
-        self.resources = Resources(link, topology, broker, version)
         self._pumps: dict[int, Pump] = {}
         self._consumers: list[RedisConsumer] = []
         self._replies: list[Replies] = []
@@ -62,7 +61,7 @@ class RedisConnection(Connection):
         """The one for the stream's slot: there is one in all when there is no cluster."""
         slot = self.link.slot(stream)
         if slot not in self._pumps:
-            self._pumps[slot] = Pump(self.link, stream, lambda channel: self.resources.restore(channel, None, "0-0"))
+            self._pumps[slot] = Pump(self.link, stream, lambda channel: self.restore(channel, None, "0-0"))
         return self._pumps[slot]
 
     async def cluster_id(self) -> str:
@@ -70,20 +69,6 @@ class RedisConnection(Connection):
         await self.link.call(_ID_KEY, "SET", _ID_KEY, uuid.uuid4().hex, "NX")
         found = await self.link.call(_ID_KEY, "GET", _ID_KEY)
         return str(found.decode())
-
-    # --- reconcile --------------------------------------------------------------------------------------------
-
-    async def observe(self, desired: Sequence[Desired]) -> list[Observed]:
-        return await self.resources.observe(desired)
-
-    async def create(self, desired: Desired) -> None:
-        await self.resources.create(desired)
-
-    async def update(self, desired: Desired, observed: Observed) -> None:
-        await self.resources.update(desired, observed)
-
-    async def delete(self, observed: Observed) -> None:
-        await self.resources.delete(observed)
 
     # --- events -----------------------------------------------------------------------------------------------
 
@@ -131,7 +116,7 @@ class RedisConnection(Connection):
     ) -> AsyncIterator[Stored]:
         stream = channel.address
         await self.count(channel)
-        info = await self.resources.stream_info(stream)
+        info = await self.stream_info(stream)
         last = resources.position(start)
         end = info["last-generated-id"].decode()
         if last == "$":
@@ -170,7 +155,7 @@ class RedisConnection(Connection):
         found: dict[tuple[str, str], Lag] = {}
         for sub in subscriptions:
             stream = self.topology.channels[sub.channel].address
-            left = await self.resources.backlog(stream, sub.group, sub.events)
+            left = await self.backlog(stream, sub.group, sub.events)
             seconds = max(0.0, await self._now() - left.oldest / 1000) if left.oldest else 0.0
             in_flight = left.pending - left.delayed
             found[sub.agent, sub.channel] = Lag(left.waiting, in_flight, left.delayed, seconds, left.lost)
@@ -179,7 +164,7 @@ class RedisConnection(Connection):
     async def seek(self, subscription: Subscription, start: Start) -> None:
         """What is pending behind the new position is read again from there, so it is no longer pending."""
         source, stream = self._source(subscription), self.topology.channels[subscription.channel].address
-        info, last = await self.resources.stream_info(stream), resources.position(start)
+        info, last = await self.stream_info(stream), resources.position(start)
         command = ["XGROUP", "SETID", stream, subscription.group, last]
         if self.version >= (7,) and last in ("0", "$"):
             read = info["entries-added"] - (info["length"] if last == "0" else 0)

@@ -67,7 +67,7 @@ class RedisConsumer(Consumer):
     async def open(self, sink: Sink) -> None:
         self._sink = sink
         main = self._held.sources[0]
-        if main.group not in await self._connection.resources.groups(main.stream):
+        if main.group not in await self._connection.groups(main.stream):
             raise ResourceMissing(
                 f"the consumer group {main.group} does not exist on the stream {main.stream}",
                 hint="run `orchestrator apply`",
@@ -128,9 +128,7 @@ class RedisConsumer(Consumer):
         if self._free <= 0:
             self._wake.clear()
             self._hungry = True
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(1.0):
-                    await self._wake.wait()
+            await self._wake.wait()
             self._hungry = False
         else:
             if self._loop.time() >= self._take_at:
@@ -301,6 +299,7 @@ class RedisConsumer(Consumer):
         self._beaten = now, clock
         self._gone(gone)
         self._held.suspect = True
+        self._wake.set()  # to look for what an answer lost
         if self._held.epoch is None:
             self._held.epoch = epoch
         elif epoch != self._held.epoch:

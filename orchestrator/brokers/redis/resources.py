@@ -99,28 +99,27 @@ class Backlog:
 
 
 class Resources:
-    """Makes, reads and removes resources for one topology."""
+    """The part of a connection that makes, reads and removes resources for one topology."""
 
     def __init__(self, link: Link, topology: Topology, broker: Broker, version: tuple[int, ...]) -> None:
-        self._link, self._topology, self._broker = link, topology, broker
-        self._counts = version >= (7,)
+        self.link, self.topology, self.broker, self.version = link, topology, broker, version
         self._registry = f"{broker.prefix}orchestrator:registry"
 
     # --- looking ----------------------------------------------------------------------------------------------
 
     async def observe(self, wanted: Sequence[Desired]) -> list[Observed]:
         ids = {d.id: None for d in wanted}
-        for field in await self._link.call(self._registry, "HKEYS", self._registry):
+        for field in await self.link.call(self._registry, "HKEYS", self._registry):
             owner, kind, name = field.decode().split(" ", 2)
-            if owner == self._topology.name and kind in ("channel", "subscription"):
-                ids[ResourceId(self._broker.name, kind, name)] = None
+            if owner == self.topology.name and kind in ("channel", "subscription"):
+                ids[ResourceId(self.broker.name, kind, name)] = None
         found = [await self._observe(each) for each in ids]
         return [each for each in found if each is not None]
 
     async def _observe(self, resource: ResourceId) -> Observed | None:
         stream, group = _split(resource)
         label = await self._label(stream, group)
-        if not await self._link.call(stream, "EXISTS", stream):
+        if not await self.link.call(stream, "EXISTS", stream):
             return None
         settings: dict[str, Setting] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in label.get("settings", {}).items()
@@ -128,7 +127,7 @@ class Resources:
         owner, identity, protect = label.get("owner"), label.get("id", ""), bool(label.get("protect"))
         if not group:
             info = await self.stream_info(stream)
-            size = await self._link.call(stream, "MEMORY", "USAGE", stream, "SAMPLES", 20) or 0
+            size = await self.link.call(stream, "MEMORY", "USAGE", stream, "SAMPLES", 20) or 0
             version = f"{identity} {info['last-generated-id'].decode()}"
             return Observed(resource, settings, owner, version, info["length"], size, protect=protect)
         if group not in await self.groups(stream):
@@ -138,13 +137,13 @@ class Resources:
 
     async def _label(self, stream: str, group: str) -> dict[str, Any]:
         key = f"{base(stream)}:meta"
-        found = await self._link.call(stream, "HGET", key, f"group/{group}" if group else "channel")
+        found = await self.link.call(stream, "HGET", key, f"group/{group}" if group else "channel")
         return dict(json.loads(found)) if found else {}
 
     async def stream_info(self, stream: str) -> dict[str, Any]:
         """XINFO STREAM. Raises ResourceMissing."""
         try:
-            return _named(await self._link.call(stream, "XINFO", "STREAM", stream))
+            return _named(await self.link.call(stream, "XINFO", "STREAM", stream))
         except BrokerError as error:
             if "no such key" in str(error):
                 raise ResourceMissing(f"the stream {stream} does not exist", hint="run `orchestrator apply`") from None
@@ -153,7 +152,7 @@ class Resources:
     async def groups(self, stream: str) -> dict[str, dict[str, Any]]:
         """XINFO GROUPS by name; none when there is no stream."""
         try:
-            found = await self._link.call(stream, "XINFO", "GROUPS", stream)
+            found = await self.link.call(stream, "XINFO", "GROUPS", stream)
         except BrokerError as error:
             if "no such key" in str(error):
                 return {}
@@ -170,15 +169,15 @@ class Resources:
         last = known["last-delivered-id"].decode()
         waiting, exact, first = await self._unread(stream, last, known.get("lag"), events)
         pending, oldest = known["pending"], [first] if first else []
-        if pending and (place := (await self._link.call(stream, "XPENDING", stream, group))[1]) is not None:
+        if pending and (place := (await self.link.call(stream, "XPENDING", stream, group))[1]) is not None:
             oldest.append(place.decode())  # (None: all was settled meanwhile)
-        delayed = await self._link.call(stream, "ZCARD", main.key("due"))
+        delayed = await self.link.call(stream, "ZCARD", main.key("due"))
         again = (await self.groups(inbox.stream)).get(group)
         if again is not None:
-            waiting += await self._link.call(stream, "XLEN", inbox.stream) - again["pending"]
+            waiting += await self.link.call(stream, "XLEN", inbox.stream) - again["pending"]
             pending += again["pending"]
-            delayed += await self._link.call(stream, "ZCARD", inbox.key("due"))
-        lost = await self._link.call(stream, "HGET", f"{main.base}:meta", f"lost/{group}")
+            delayed += await self.link.call(stream, "ZCARD", inbox.key("due"))
+        lost = await self.link.call(stream, "HGET", f"{main.base}:meta", f"lost/{group}")
         since = min((int(place.partition("-")[0]) for place in oldest), default=0)
         return Backlog(waiting, pending, min(delayed, pending), exact, since, int(lost or 0))
 
@@ -186,7 +185,7 @@ class Resources:
         """Unread entries of the types that are read, whether that is exact, and the first one's id."""
         count, first, start = 0, "", last
         for _ in range(_PAGES):
-            page = await self._link.script(resource_scripts.KINDS, [stream], f"({start}", "+", _PAGE)
+            page = await self.link.script(resource_scripts.KINDS, [stream], f"({start}", "+", _PAGE)
             for entry, kind, letter in page:
                 if not letter and (kind is None or _any(events, kind)):
                     count, first = count + 1, first or entry.decode()
@@ -194,7 +193,7 @@ class Resources:
                 return count, True, first
             start = page[-1][0].decode()
         if not isinstance(lag, int):
-            lag = _PAGE * _PAGES + await self._link.script(resource_scripts.BEHIND, [stream], start)
+            lag = _PAGE * _PAGES + await self.link.script(resource_scripts.BEHIND, [stream], start)
         return max(count, int(lag)), False, first
 
     # --- making -----------------------------------------------------------------------------------------------
@@ -207,18 +206,18 @@ class Resources:
         start = "0"
         if group and (sub := self.subscription(stream, group)) is not None:
             start = position(sub.start)
-        field = f"{self._topology.name} {wanted.id.kind} {wanted.id.name}"
-        await self._link.call(self._registry, "HSET", self._registry, field, "1")
+        field = f"{self.topology.name} {wanted.id.kind} {wanted.id.name}"
+        await self.link.call(self._registry, "HSET", self._registry, field, "1")
         try:
             await self._create(stream, group, self._new_label(wanted), start, adopt=False)
         except (RefusedError, ResourceMissing):
-            await self._link.call(self._registry, "HDEL", self._registry, field)
+            await self.link.call(self._registry, "HDEL", self._registry, field)
             raise
 
     async def restore(self, channel: Channel, sub: Subscription | None, last: str) -> list[str]:
         """Makes again what somebody deleted, the group after `last`; answers what that was."""
         made = []
-        for wanted in desired(self._topology, self._broker):
+        for wanted in desired(self.topology, self.broker):
             stream, group = _split(wanted.id)
             if stream != channel.address or wanted.external or (group and (sub is None or group != sub.group)):
                 continue
@@ -227,10 +226,10 @@ class Resources:
         return made
 
     async def _create(self, stream: str, group: str, label: str, start: str, *, adopt: bool) -> str:
-        queue = any(is_queue(c) and c.address == stream for c in self._topology.channels.values())
-        flags = (int(adopt), int(queue), int(self._counts))
-        args = (stream, base(stream), group, self._topology.name, label, start, *flags)
-        word = (await self._link.script(resource_scripts.CREATE, [stream], *args)).decode()
+        queue = any(is_queue(c) and c.address == stream for c in self.topology.channels.values())
+        flags = (int(adopt), int(queue), int(self.version >= (7,)))
+        args = (stream, base(stream), group, self.topology.name, label, start, *flags)
+        word = (await self.link.script(resource_scripts.CREATE, [stream], *args)).decode()
         if word == "MISSING":
             raise ResourceMissing(f"the stream {stream} does not exist", hint="create it, or run `orchestrator apply`")
         self._refuse(word, f"the group {group} of {stream}" if group else f"the stream {stream}")
@@ -240,19 +239,19 @@ class Resources:
         stream, group = _split(wanted.id)
         field, what = f"group/{group}" if group else "channel", str(wanted.id)
         key, identity = f"{base(stream)}:meta", observed.version.partition(" ")[0]
-        args = (field, self._topology.name, identity, self._new_label(wanted))
-        self._refuse((await self._link.script(resource_scripts.RELABEL, [key], *args)).decode(), what)
+        args = (field, self.topology.name, identity, self._new_label(wanted))
+        self._refuse((await self.link.script(resource_scripts.RELABEL, [key], *args)).decode(), what)
         if group:
             await self._unstrand(stream, group, wanted, observed)
             return
         settings = wanted.settings
         if isinstance(settings["max_age"], (int, float)):
             queue = int(settings["mode"] == Mode.QUEUE.value)
-            await self._link.script(
+            await self.link.script(
                 resource_scripts.TEND, [stream], stream, base(stream), int(settings["max_age"] * 1000), queue
             )
         if settings["max_events"] is not None and settings["overflow"] != "reject":
-            await self._link.call(stream, "XTRIM", stream, "MAXLEN", "=", settings["max_events"])
+            await self.link.call(stream, "XTRIM", stream, "MAXLEN", "=", settings["max_events"])
         if settings["mode"] == Mode.QUEUE.value and observed.settings.get("mode") == Mode.LOG.value:
             await self._drop_handled(stream)
 
@@ -260,45 +259,45 @@ class Resources:
         """A log becomes a queue: what every group has settled goes, as settling would have deleted it."""
         bounds = []
         for name, group in (await self.groups(stream)).items():
-            first = (await self._link.call(stream, "XPENDING", stream, name))[1]
+            first = (await self.link.call(stream, "XPENDING", stream, name))[1]
             left, right = (first or group["last-delivered-id"]).decode().split("-")
             bounds.append((int(left), int(right) + (0 if first else 1)))
         if bounds:
-            await self._link.call(stream, "XTRIM", stream, "MINID", "=", "{}-{}".format(*min(bounds)))
+            await self.link.call(stream, "XTRIM", stream, "MINID", "=", "{}-{}".format(*min(bounds)))
 
     async def _unstrand(self, stream: str, group: str, wanted: Desired, observed: Observed) -> None:
         """The group reads more types of a queue now: those that it has already passed are given to it again."""
-        channel = next((c for c in self._topology.channels.values() if c.address == stream), None)
+        channel = next((c for c in self.topology.channels.values() if c.address == stream), None)
         if channel is None or not is_queue(channel):
             return
         new, old = _patterns(wanted.settings), _patterns(observed.settings)
         last = (await self.groups(stream))[group]["last-delivered-id"].decode()
         start = "-"
-        while page := await self._link.script(resource_scripts.KINDS, [stream], start, last, _PAGE):
+        while page := await self.link.script(resource_scripts.KINDS, [stream], start, last, _PAGE):
             passed = [entry for entry, kind, _ in page if kind and _any(new, kind) and not _any(old, kind)]
             source = Source(stream, group, "", queue=True)
-            await self._link.script(resource_scripts.STRANDED, [stream], *source.args, len(passed), *passed)
+            await self.link.script(resource_scripts.STRANDED, [stream], *source.args, len(passed), *passed)
             start = f"({page[-1][0].decode()}"
 
     async def delete(self, observed: Observed) -> None:
         stream, group = _split(observed.id)
         identity, _, last = observed.version.partition(" ")
-        args = (stream, base(stream), group, self._topology.name, identity, last, observed.events)
-        word = (await self._link.script(resource_scripts.DELETE, [stream], *args)).decode()
+        args = (stream, base(stream), group, self.topology.name, identity, last, observed.events)
+        word = (await self.link.script(resource_scripts.DELETE, [stream], *args)).decode()
         self._refuse(word, str(observed.id))
         if not group and word == "DELETED":
             await self._forget_ids(stream)
-        field = f"{self._topology.name} {observed.id.kind} {observed.id.name}"
-        await self._link.call(self._registry, "HDEL", self._registry, field)
+        field = f"{self.topology.name} {observed.id.kind} {observed.id.name}"
+        await self.link.call(self._registry, "HDEL", self._registry, field)
 
     async def _forget_ids(self, stream: str) -> None:
         """Ids of a deleted stream must not swallow what is published to its successor."""
         pattern = "".join(f"\\{c}" if c in "*?[]\\" else c for c in f"{base(stream)}:id:") + "*"
         cursor: object = b"0"
         while True:
-            cursor, keys = await self._link.call(stream, "SCAN", cursor, "MATCH", pattern, "COUNT", 1000)
+            cursor, keys = await self.link.call(stream, "SCAN", cursor, "MATCH", pattern, "COUNT", 1000)
             if keys:
-                await self._link.call(stream, "UNLINK", *keys)
+                await self.link.call(stream, "UNLINK", *keys)
             if cursor == b"0":
                 return
 
@@ -307,13 +306,13 @@ class Resources:
     def _new_label(self, wanted: Desired) -> str:
         """Each writing draws a new id: that is how a stale plan is noticed."""
         settings = {key: list(value) if isinstance(value, tuple) else value for key, value in wanted.settings.items()}
-        label = {"owner": self._topology.name, "id": uuid.uuid4().hex, "settings": settings, "protect": wanted.protect}
+        label = {"owner": self.topology.name, "id": uuid.uuid4().hex, "settings": settings, "protect": wanted.protect}
         return json.dumps(label, separators=(",", ":"))
 
     def subscription(self, stream: str, group: str) -> Subscription | None:
-        for agent in self._topology.agents.values():
+        for agent in self.topology.agents.values():
             for sub in agent.subscriptions:
-                if sub.group == group and self._topology.channels[sub.channel].address == stream:
+                if sub.group == group and self.topology.channels[sub.channel].address == stream:
                     return sub
         return None
 

@@ -25,7 +25,6 @@ _log = logging.getLogger(__name__)
 _HAPPENED = {"ack": "GONE", "settle": "GONE", "back": "TAKEN"}
 _ENDS = {"ack": "settling of", "settle": "output of", "back": "return of", "mark": "history of"}
 
-
 #: A script can write no more than some 4,000 fields. Of an entry with too many so few are kept that its dead letter,
 #: which has them and its own, is below the limit.
 _TOO_MANY, _KEPT = 1200, 1000
@@ -253,7 +252,7 @@ class Holdings:
     async def reclaim(self) -> bool:
         """After the group was made anew: what we are handling becomes ours again. False: it is as it was."""
         main = self.sources[0]
-        if main.group not in await self._connection.resources.groups(main.stream):
+        if main.group not in await self._connection.groups(main.stream):
             await self.heal()
         epoch = await self._link.call(main.stream, "HGET", f"{main.base}:meta", f"epoch/{main.group}") or b"0"
         if epoch == self.epoch:
@@ -279,7 +278,7 @@ class Holdings:
     async def heal(self) -> None:
         """Stream or group were deleted from outside."""
         try:
-            made = await self._connection.resources.restore(self._channel, self._subscription, self.last)
+            made = await self._connection.restore(self._channel, self._subscription, self.last)
         except BrokerError as error:
             self._trouble(str(error))
             await asyncio.sleep(0.2)
