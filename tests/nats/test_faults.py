@@ -270,3 +270,19 @@ async def test_healed_reader_that_began_at_the_latest_skips_nothing(server: Nats
         await until(lambda: unread.body in {d.body for d in sink.deliveries}, "what came meanwhile is read", 8)
         await finished(consumer.settle, first, [])
         await consumer.close()
+
+
+async def test_reader_of_a_stream_that_a_publisher_made_again_starts_at_its_beginning(server: NatsServer) -> None:
+    async with rig(server.url) as made:
+        consumer, sink = await made.consumer("audit")
+        consumer.demand(8)
+        await made.publish(*(made.event("agent.started", "events") for _ in range(3)))
+        for got in await sink.take(3):
+            await finished(consumer.settle, got, [])
+        await until(lambda: consumer._floor == 3, "the position is known")
+        await made.connection.link.api(f"STREAM.DELETE.{safe(made.channel('events').address)}")
+        fresh = made.event("agent.completed", "events")
+        await made.publish(fresh)  # makes the stream again, before the reader's second of grace is over
+        (got,) = await sink.take()
+        assert got.body == fresh.body
+        await consumer.close()

@@ -343,8 +343,9 @@ class NatsConnection:
 
     # --- healing ---
 
-    async def heal(self, subscription: Subscription, floor: int) -> list[str]:
-        """Makes again what `subscription` needs and is gone; returns what that was. Raises BrokerError."""
+    async def heal(self, subscription: Subscription, floor: int, born: str) -> list[str]:
+        """Makes again what `subscription` needs and is gone; returns what that was. `floor` is its position in the
+        stream that was created at `born`. Raises BrokerError."""
         names = self.names
         stream, durable = self.place(subscription)
         healed: list[str] = []
@@ -359,9 +360,10 @@ class NatsConnection:
             wanted = self.wanted.get(f"{stream}/{durable}")
             if wanted is None:
                 raise ResourceMissing(f"consumer {stream}/{durable} is gone", hint="run `orchestrator apply`")
-            after = 0 if f"stream {stream}" in healed else floor
-            # wherever it once began: what came before that is below the floor, and what came since must not be skipped
-            start = {"deliver_policy": "by_start_sequence", "opt_start_seq": after + 1}
+            # wherever it once began: what came before that is below the floor, and what came since must not be skipped;
+            # nor anything of a stream that we or a publisher have just made again
+            same = (await self.link.api(f"STREAM.INFO.{stream}"))["created"] == born
+            start = {"deliver_policy": "by_start_sequence", "opt_start_seq": floor + 1 if same else 1}
             log = self.topology.channels[subscription.channel].mode is Mode.LOG
             await self.resources.create(wanted, start=start if log else None)
             healed.append(f"consumer {stream}/{durable}")

@@ -53,7 +53,7 @@ class Lane:
         self.durable = durable
         self.requested = 0  # messages asked for and not arrived
         self.held: dict[bytes, NatsDelivery] = {}  # delivered and not settled, by stream sequence
-        self._born = ""  # when the stream was created
+        self.born = ""  # when the stream was created
         self._link = link
         self._receive = receive
         self._late = late
@@ -89,11 +89,11 @@ class Lane:
     def of(self, stream: Json) -> None:
         """Told STREAM.INFO. A stream that was made again counts from 1 once more: what was delivered before can no
         longer be settled, and an acknowledgement of it would settle another event, which nobody has handled."""
-        if self._born not in ("", stream["created"]):
+        if self.born not in ("", stream["created"]):
             for delivery in self.held.values():
                 delivery.reply = b""
             self.held.clear()
-        self._born = stream["created"]
+        self.born = stream["created"]
 
     def restart(self) -> None:
         """Withdraws every request and starts with a new inbox."""
@@ -311,7 +311,7 @@ class Vigil(ABC):
         if not self._reading:
             return
         try:
-            healed = await self._connection.heal(self._subscription, self._floor)
+            healed = await self._connection.heal(self._subscription, self._floor, self._main.born)
         except OrchestratorError as error:
             self._say(f"{missing.message}; {error.message}")
             await asyncio.sleep(0.75)
