@@ -108,6 +108,21 @@ async def test_a_settlement_whose_answer_was_lost_takes_effect_once(own_rig: Rig
         assert await pending(raw, lab) == 0
 
 
+async def test_a_server_that_forgot_the_scripts_is_told_them_again(own_rig: Rig, raw: Any) -> None:
+    async with own_rig.lab() as lab:
+        reader = await lab.reader(free=2)
+        for _ in range(2):
+            await lab.publish_many(2)
+            await raw.script_flush()
+            plain, writing = await reader.take(2)
+            await asyncio.gather(
+                reader.settle(plain), reader.settle(writing, lab.message("agent.done", channel="events"))
+            )
+            reader.demand(2)
+        assert (len(await lab.stored("events")), await pending(raw, lab)) == (2, 0)
+        assert reader.troubles in ([], [None])
+
+
 async def test_no_memory_refuses_outputs_and_holds_what_must_not_be_lost(own_rig: Rig, raw: Any) -> None:
     async with own_rig.lab() as lab:
         await lab.publish()

@@ -123,13 +123,17 @@ class Pump:
 
     def _turn(self) -> None:
         self._due = False
-        if self._mending is not None or not self._queue:
-            return
-        if self._wire is None or self._wire.closed:
-            self._mend()
-            return
-        while self._queue and (not self._sent or (len(self._sent) == 1 and len(self._queue) > _BATCH)):
-            self._send(self._wire, self._cut())
+        if self._mending is None and self._queue:
+            if self._wire is None or self._wire.closed:
+                self._mend()
+                return
+            while self._queue and (not self._sent or (len(self._sent) == 1 and len(self._queue) > _BATCH)):
+                self._send(self._wire, self._cut())
+        self._rest()
+
+    def _rest(self) -> None:
+        if not self._queue and not self._sent and self._mending is None:
+            self._idle.set()
 
     def _cut(self) -> list[Op]:
         batch, size = [self._queue.popleft()], 0
@@ -177,8 +181,7 @@ class Pump:
             self._say(None)
         if self._queue:
             self._turn_soon()  # after what these answers let others ask for
-        elif not self._sent and self._mending is None:
-            self._idle.set()
+        self._rest()
 
     def _failed(self, batch: list[Op], error: BaseException) -> None:
         """The script as a whole failed; what came before the act at fault may have happened."""
