@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Annotated
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import astuple, dataclass
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from orchestrator.cli import console
-from orchestrator.cli.options import Files, Output, OutputOption, VarsFiles, Yes, load_topology
+from orchestrator.cli.options import Files, Output, OutputOption, VarsFiles, Yes, given, load_topology
 from orchestrator.errors import OrchestratorError
 
 if TYPE_CHECKING:
@@ -19,12 +23,19 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Look at dead letters, give them back, or throw them away.", no_args_is_help=True)
 
 Ids = Annotated[
-    list[str] | None, typer.Argument(metavar="[ID]...", help="Event ids, beginnings of them, or positions.")
+    list[str] | None,
+    typer.Argument(metavar="[ID]...", callback=given, help="Event ids, beginnings of them, or positions."),
 ]
-AgentFilter = Annotated[str | None, typer.Option("--agent", help="Only those that died in this agent.")]
-ErrorFilter = Annotated[str | None, typer.Option("--error", metavar="TEXT", help="Only errors that contain this.")]
-Since = Annotated[str | None, typer.Option("--since", metavar="WHEN", help="Only since: 15m (ago), or a time.")]
-Until = Annotated[str | None, typer.Option("--until", metavar="WHEN", help="Only until: 15m (ago), or a time.")]
+AgentFilter = Annotated[str | None, typer.Option("--agent", callback=given, help="Only those that died in this agent.")]
+ErrorFilter = Annotated[
+    str | None, typer.Option("--error", metavar="TEXT", callback=given, help="Only errors that contain this.")
+]
+Since = Annotated[
+    str | None, typer.Option("--since", metavar="WHEN", callback=given, help="Only since: 15m (ago), or a time.")
+]
+Until = Annotated[
+    str | None, typer.Option("--until", metavar="WHEN", callback=given, help="Only until: 15m (ago), or a time.")
+]
 All = Annotated[bool, typer.Option("--all", help="Every dead letter that the filters take.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")]
 Variables = Annotated[
@@ -32,16 +43,50 @@ Variables = Annotated[
 ]
 
 
+@dataclass(frozen=True, slots=True)
+class Which:
+    """The options that say which dead letters are meant; every one that is given must fit."""
+
+    ids: Ids = None
+    agent: AgentFilter = None
+    error: ErrorFilter = None
+    since: Since = None
+    until: Until = None
+
+    @property
+    def given(self) -> bool:
+        return any(astuple(self))
+
+    def selection(self) -> Selection:
+        # imports the brokers' client libraries
+        from orchestrator.operate.dlq import Selection
+        from orchestrator.operate.reading import moment
+
+        since, until = (moment(text) if text else None for text in (self.since, self.until))
+        return Selection(tuple(self.ids or ()), self.agent, self.error, since, until)
+
+
+def selecting(command: Callable[..., None]) -> Callable[..., None]:
+    """`command` with the options of Which before its own; they come to it as one, called `which`."""
+    options = list(inspect.signature(Which, eval_str=True).parameters.values())
+    own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "which"]
+
+    @functools.wraps(command)
+    def run(**values: Any) -> None:
+        which = Which(**{option.name: values.pop(option.name) for option in options})
+        command(which, **values)
+
+    run.__signature__ = inspect.Signature([*options, *own])  # type: ignore[attr-defined]
+    return run
+
+
 @app.command("list")
+@selecting
 def list_(
-    ids: Ids = None,
+    which: Which,
     files: Files = None,
     sets: Variables = None,
     vars_files: VarsFiles = None,
-    agent: AgentFilter = None,
-    error: ErrorFilter = None,
-    since: Since = None,
-    until: Until = None,
     groups: Annotated[bool, typer.Option("--groups", help="Count them by agent and error.")] = False,
     output: OutputOption = Output.TEXT,
 ) -> None:
@@ -50,7 +95,7 @@ def list_(
     from orchestrator.operate import dlq
 
     topology = load_topology(files, sets, vars_files)
-    found = asyncio.run(dlq.search(topology, _selection(ids, agent, error, since, until)))
+    found = asyncio.run(dlq.search(topology, which.selection()))
     if output is Output.JSON:
         console.data_json(
             {
@@ -73,15 +118,12 @@ def list_(
 
 
 @app.command()
+@selecting
 def show(
-    ids: Ids = None,
+    which: Which,
     files: Files = None,
     sets: Variables = None,
     vars_files: VarsFiles = None,
-    agent: AgentFilter = None,
-    error: ErrorFilter = None,
-    since: Since = None,
-    until: Until = None,
     output: OutputOption = Output.TEXT,
 ) -> None:
     """Show dead letters in full: error, traceback, headers and payload."""
@@ -89,7 +131,7 @@ def show(
     from orchestrator.operate import dlq
 
     topology = load_topology(files, sets, vars_files)
-    found = _search(topology, _selection(ids, agent, error, since, until))
+    found = _search(topology, which.selection())
     if output is Output.JSON:
         console.data_json({"version": 1, "dead_letters": [dlq.letter_json(read, full=True) for read in found]})
     else:
@@ -97,18 +139,15 @@ def show(
 
 
 @app.command()
+@selecting
 def redrive(
-    ids: Ids = None,
+    which: Which,
     files: Files = None,
     sets: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="payload.X=VALUE", help="Mends the event first; or sets a variable: NAME=VALUE."),
     ] = None,
     vars_files: VarsFiles = None,
-    agent: AgentFilter = None,
-    error: ErrorFilter = None,
-    since: Since = None,
-    until: Until = None,
     rate: Annotated[float | None, typer.Option("--rate", min=0.001, help="At most so many a second.")] = None,
     dry_run: DryRun = False,
     yes: Yes = False,
@@ -121,7 +160,7 @@ def redrive(
     variables = [s for s in sets or [] if not _is_edit(s)]
     changes = dlq.edits(dict(_split(s) for s in sets or [] if _is_edit(s)))
     topology = load_topology(files, variables, vars_files)
-    found = _search(topology, _selection(ids, agent, error, since, until))
+    found = _search(topology, which.selection())
     if not dry_run:
         console.confirm(f"Give {_many(found)} back to {_agents(found)}?", yes=yes)
     results = asyncio.run(dlq.redrive_all(topology, found, changes, rate=rate, dry_run=dry_run))
@@ -139,15 +178,12 @@ def redrive(
 
 
 @app.command()
+@selecting
 def purge(
-    ids: Ids = None,
+    which: Which,
     files: Files = None,
     sets: Variables = None,
     vars_files: VarsFiles = None,
-    agent: AgentFilter = None,
-    error: ErrorFilter = None,
-    since: Since = None,
-    until: Until = None,
     everything: All = False,
     dry_run: DryRun = False,
     yes: Yes = False,
@@ -157,10 +193,10 @@ def purge(
     # imports the brokers' client libraries
     from orchestrator.operate import dlq
 
-    if not (everything or ids or agent or error or since or until):
+    if not (everything or which.given):
         raise typer.BadParameter("say which: IDs, --agent, --error, --since, --until, or --all")
     topology = load_topology(files, sets, vars_files)
-    found = _search(topology, _selection(ids, agent, error, since, until))
+    found = _search(topology, which.selection())
     if dry_run:
         count = len(found)
     else:
@@ -180,16 +216,6 @@ def _search(topology: Topology, selection: Selection) -> list[Read]:
     if not found:
         raise OrchestratorError("no dead letter fits", hint="see what is there: orchestrator dlq list")
     return found
-
-
-def _selection(
-    ids: list[str] | None, agent: str | None, error: str | None, since: str | None, until: str | None
-) -> Selection:
-    # imports the brokers' client libraries
-    from orchestrator.operate.dlq import Selection
-    from orchestrator.operate.reading import moment
-
-    return Selection(tuple(ids or ()), agent, error, moment(since) if since else None, moment(until) if until else None)
 
 
 def _row(read: Read) -> list[str]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from orchestrator.cli import console
-from orchestrator.cli.options import Files, Output, OutputOption, Sets, VarsFiles, Yes, load_topology
+from orchestrator.cli.options import Files, Output, OutputOption, Sets, VarsFiles, Yes, given, load_topology
 from orchestrator.errors import OrchestratorError
 
 if TYPE_CHECKING:
@@ -21,25 +21,17 @@ if TYPE_CHECKING:
 EventTypeArgument = Annotated[str, typer.Argument(metavar="TYPE", help="The event type, such as task.created.")]
 PayloadArgument = Annotated[str, typer.Argument(metavar="PAYLOAD", help="A JSON object, @FILE, or - for stdin.")]
 
-
-def _given(value: str | None) -> str | None:
-    """An empty value is a variable of the shell that was not set: better refused than taken for none."""
-    if value == "":
-        raise typer.BadParameter("it is empty: give a value, or leave the option out")
-    return value
-
-
 EventId = Annotated[
-    str | None, typer.Option("--id", callback=_given, help="The event_id; twice the same takes effect once.")
+    str | None, typer.Option("--id", callback=given, help="The event_id; twice the same takes effect once.")
 ]
 Key = Annotated[
-    str | None, typer.Option("--key", callback=_given, help="What orders and partitions; default: the channel's key.")
+    str | None, typer.Option("--key", callback=given, help="What orders and partitions; default: the channel's key.")
 ]
 CorrelationId = Annotated[
     str | None,
-    typer.Option("--correlation-id", callback=_given, help="What `trace` goes by; default: a new one."),
+    typer.Option("--correlation-id", callback=given, help="What `trace` goes by; default: a new one."),
 ]
-Target = Annotated[str | None, typer.Option("--target", callback=_given, help="The one agent that is to handle it.")]
+Target = Annotated[str | None, typer.Option("--target", callback=given, help="The one agent that is to handle it.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -147,7 +139,7 @@ def tail(
     ] = "latest",
     follow: Annotated[bool, typer.Option("--follow/--no-follow", help="Go on, or end at the present end.")] = True,
     limit: Annotated[int | None, typer.Option("-n", "--limit", min=1, help="End after so many events.")] = None,
-    correlation_id: Annotated[str | None, typer.Option("--correlation-id", help="Only these.")] = None,
+    correlation_id: Annotated[str | None, typer.Option("--correlation-id", callback=given, help="Only these.")] = None,
     output: OutputOption = Output.TEXT,
 ) -> None:
     """Follow events as they are published; no queue and no agent notices."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from orchestrator.topology.model import Topology
 
 DEFAULT_FILE = "topology.yaml"
+
+T = TypeVar("T")
 
 
 class Output(StrEnum):
@@ -45,6 +47,13 @@ AllowLoss = Annotated[
     list[str] | None,
     typer.Option("--allow-loss", metavar="RESOURCE", help="Accept that this resource loses what it holds. Repeatable."),
 ]
+
+
+def given(value: T) -> T:
+    """For what is acted upon: an empty value is a variable of the shell that was not set, and is not taken for none."""
+    if value == "" or (isinstance(value, list) and "" in value):
+        raise typer.BadParameter("it is empty: give a value, or leave it out")
+    return value
 
 
 def assignments(values: list[str] | None) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -129,8 +130,8 @@ def restart(
 ) -> None:
     """Replace workers: new ones are ready before the old drain."""
     topology = load_topology(files, sets, vars_files)
-    asyncio.run(_control(topology).restart(agent, console.progress))
-    _done(output, topology, f"{agent or 'all agents'} restarted", agent=agent)
+    text = f"{agent or 'all agents'} restarted"
+    _ask(output, topology, lambda control: control.restart(agent, console.progress), text, agent=agent)
 
 
 def scale(
@@ -143,9 +144,9 @@ def scale(
 ) -> None:
     """Change an agent's number of workers until the next apply."""
     topology = load_topology(files, sets, vars_files)
-    asyncio.run(_control(topology).scale(agent, replicas, console.progress))
     text = f"{agent} has {replicas} worker{'' if replicas == 1 else 's'}, until the next apply"
-    _done(output, topology, text, agent=agent, replicas=replicas)
+    scaled = {"agent": agent, "replicas": replicas}
+    _ask(output, topology, lambda control: control.scale(agent, replicas, console.progress), text, **scaled)
 
 
 def pause(
@@ -156,9 +157,8 @@ def pause(
     output: OutputOption = Output.TEXT,
 ) -> None:
     """Let an agent finish what it handles and fetch nothing new."""
-    topology = load_topology(files, sets, vars_files)
-    asyncio.run(_control(topology).pause(agent))
-    _done(output, topology, f"{agent} is paused; go on with: orchestrator resume {agent}", agent=agent)
+    text = f"{agent} is paused; go on with: orchestrator resume {agent}"
+    _ask(output, load_topology(files, sets, vars_files), lambda control: control.pause(agent), text, agent=agent)
 
 
 def resume(
@@ -170,14 +170,25 @@ def resume(
 ) -> None:
     """Let a paused agent go on."""
     topology = load_topology(files, sets, vars_files)
-    asyncio.run(_control(topology).resume(agent))
-    _done(output, topology, f"{agent} goes on", agent=agent)
+    _ask(output, topology, lambda control: control.resume(agent), f"{agent} goes on", agent=agent)
 
 
 def _control(topology: Topology) -> ControlClient:
     from orchestrator.supervisor.control import ControlClient
 
     return ControlClient(topology.state_dir)
+
+
+def _ask(
+    output: Output,
+    topology: Topology,
+    request: Callable[[ControlClient], Coroutine[Any, Any, None]],
+    text: str,
+    **more: Any,
+) -> None:
+    """One request of the supervisor, and what is said when it has done it."""
+    asyncio.run(request(_control(topology)))
+    _done(output, topology, text, **more)
 
 
 def _done(output: Output, topology: Topology, text: str, **more: Any) -> None:

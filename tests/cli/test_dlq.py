@@ -95,6 +95,15 @@ def test_redrives_that_cannot_be_are_refused_and_change_nothing(broken: Folder) 
     assert len(dead(broken)) == 2
 
 
+@pytest.mark.parametrize("which", [[""], ["--agent", ""], ["--error", ""], ["--since", ""], ["--until", ""]], ids=str)
+def test_a_variable_of_the_shell_that_was_not_set_selects_nothing(folder: Folder, which: list[str]) -> None:
+    """An empty id would be the beginning of every id."""
+    for command in (["purge", "--all"], ["redrive"], ["show"], ["list"]):
+        done = folder.run("dlq", *command, *which)
+        assert (done.code, done.out) == (2, "")
+        assert "it is empty" in done.err
+
+
 def test_purge_deletes_what_was_named(broken: Folder) -> None:
     assert "--all" in broken.refused("dlq", "purge", "--yes", code=2)
     assert "would delete 2" in broken.ok("dlq", "purge", "--all", "--dry-run").out
