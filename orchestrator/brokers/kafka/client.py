@@ -6,12 +6,12 @@ Clients and threads are made when a connection is opened, never at import: they 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import re
-import threading
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, TypeVar
 
 from confluent_kafka import Consumer as RawConsumer
@@ -24,9 +24,15 @@ from orchestrator.topology.model import Broker, Subscription, Topology
 
 #: Headers of ours that a handler never sees.
 EVENT_ID, HISTORY, DUE, ORIGIN, STORED = "orc-id", "orc-history", "orc-due", "orc-origin", "orc-stored"
-MECHANICS = frozenset((EVENT_ID, HISTORY, DUE, ORIGIN, STORED))
+#: Of a record that is nothing but the end of a transaction; see Mover.heal.
+NOTHING = "orc-nothing"
+MECHANICS = frozenset((EVENT_ID, HISTORY, DUE, ORIGIN, STORED, NOTHING))
+_NAMED = frozenset(("event-type", "source-agent", "correlation-id", EVENT_ID))
 #: Unconfirmed messages beyond which a publisher should wait.
 CROWD = 4096
+#: Seconds between polls for reports when none is awaited, and in a row of empty ones; how many of those come at once.
+_SLOW, _NAP, _SOON = 0.5, 0.0001, 20
+_CLOSING = 5.0
 
 Headers = list[tuple[str, str | bytes | None]]
 
@@ -126,7 +132,7 @@ def for_producer(config: Mapping[str, Any], **more: Any) -> dict[str, Any]:
     ours = {
         "enable.idempotence": True,
         "acks": "all",
-        "linger.ms": 0,
+        "linger.ms": 0.2,  # at 0 each message wakes the sending thread, which costs twice the whole rest
         "message.timeout.ms": 0,
         "message.max.bytes": 64 << 20,  # the broker decides what is too large
         "partitioner": "murmur2_random",
@@ -190,21 +196,44 @@ def end_of(reader: RawConsumer, place: TopicPartition) -> int:
 # --- headers and errors ---------------------------------------------------------------------------------------
 
 
+@lru_cache(1024)
+def _constant(event_type: str, source_agent: str) -> Headers:
+    return [("event-type", _encode(event_type)), ("source-agent", _encode(source_agent))]
+
+
+def _encode(value: str) -> bytes:
+    return value.encode("utf-8", "surrogateescape")
+
+
 def headers_of(message: Outgoing) -> Headers:
     """The wire headers of the contract, then the message's own (a dead letter keeps its originals)."""
-    named = {
-        "event-type": message.event_type,
-        "source-agent": message.source_agent,
-        "correlation-id": message.correlation_id,
-        EVENT_ID: message.message_id,
-    }
-    named.update(message.headers)
-    return [(key, value.encode("utf-8", "surrogateescape")) for key, value in named.items()]
+    found: Headers = [
+        *_constant(message.event_type, message.source_agent),
+        ("correlation-id", message.correlation_id.encode("utf-8", "surrogateescape")),
+        (EVENT_ID, message.message_id.encode("utf-8", "surrogateescape")),
+    ]
+    if own := message.headers:
+        if not _NAMED.isdisjoint(own):
+            found = [header for header in found if header[0] not in own]
+        for name, value in own.items():
+            found.append((name, value.encode("utf-8", "surrogateescape")))
+    return found
 
 
-def readable(headers: Sequence[tuple[str, Any]] | Any) -> dict[str, str]:
-    """Headers as text; bytes that are not UTF-8 are surrogate-escaped."""
-    return {k: v.decode("utf-8", "surrogateescape") if isinstance(v, bytes) else v or "" for k, v in headers or ()}
+def text(value: Any) -> str:
+    """A header's value; bytes that are not UTF-8 are surrogate-escaped."""
+    return value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else value or ""
+
+
+def pairs(message: Message) -> Sequence[tuple[str, Any]]:
+    """The headers as they are."""
+    found: Any = message.headers()
+    return found or ()
+
+
+def readable(message: Message) -> dict[str, str]:
+    """The headers as text."""
+    return {name: text(value) for name, value in pairs(message)}
 
 
 def require_safe(message: Outgoing) -> None:
@@ -214,7 +243,7 @@ def require_safe(message: Outgoing) -> None:
             "Kafka cannot hold an event back until later", hint="publish it when it is due, or use NATS or Redis"
         )
     for name in message.headers:
-        if not name or "\0" in name or name in MECHANICS:
+        if name != "traceparent" and (not name or "\0" in name or name in MECHANICS):
             raise PublishRejected(f"the header name {name!r} cannot be sent", hint="rename the header")
 
 
@@ -252,22 +281,45 @@ def translate(error: KafkaError | BaseException, what: str, size: int = 0) -> Br
 # --- publishing -----------------------------------------------------------------------------------------------
 
 
+class _Pending:
+    """One message until its report; librdkafka calls it with that."""
+
+    __slots__ = ("done", "message", "producer", "raw", "topic")
+
+    def __init__(self, producer: KafkaProducer, topic: str, message: Outgoing, done: Done) -> None:
+        self.producer, self.topic, self.message, self.done = producer, topic, message, done
+        self.raw: RawProducer | None = None
+
+    def __call__(self, error: KafkaError | None, _: Message | None) -> None:
+        producer = self.producer
+        if self.raw is not producer.raw:
+            return  # renewed meanwhile: it was sent again
+        if error is not None and error.fatal():
+            producer.renew()
+            return
+        if producer.pending.pop(self, None) is not None:
+            if error is None:
+                self.done(None)
+            else:
+                self.done(translate(error, f"publishing to {self.topic}", len(self.message.body)))
+
+
 class KafkaProducer(Producer):
-    """One idempotent producer for the process. Its own thread polls; reports reach the loop in bursts."""
+    """One idempotent producer for the process. The loop itself asks it for reports: a thread of its own would have to
+    be given the GIL for each of them, and a busy loop gives it away once in 5 ms."""
 
     def __init__(self, config: Mapping[str, Any], topology: Topology, broker: Broker) -> None:
         self._topology, self._broker = topology, broker
         self._config = for_producer(config)
         self._loop = asyncio.get_running_loop()
-        self._raw = RawProducer(self._config)
-        self._pending: dict[int, tuple[str, Outgoing, Done]] = {}
-        self._reports: deque[tuple[RawProducer, int, KafkaError | None]] = deque()
-        self._woken = False
-        self._number = 0
+        self.raw = RawProducer(self._config)
+        self.pending: dict[_Pending, _Pending] = {}  # in order
         self._room = asyncio.Event()
-        self._closing = False
-        self._thread = threading.Thread(target=self._poll, name="kafka-producer", daemon=True)
-        self._thread.start()
+        self._closing = self._renewing = False
+        self._misses = 0  # polls in a row that brought nothing
+        self._polled = 0.0  # when the last one ended
+        self._polling = False  # soon; otherwise with the timer
+        self._timer = self._loop.call_later(_SLOW, self._poll)
 
     def send(self, message: Outgoing, done: Done) -> None:
         require_safe(message)
@@ -286,7 +338,7 @@ class KafkaProducer(Producer):
 
     @property
     def ready(self) -> bool:
-        return len(self._pending) < CROWD
+        return len(self.pending) < CROWD
 
     async def wait_ready(self) -> None:
         while not self.ready:
@@ -298,65 +350,79 @@ class KafkaProducer(Producer):
         if self._closing:
             done(BrokerUnavailable("the connection is closed"))
             return
-        self._number += 1
-        self._pending[self._number] = (topic, message, done)
-        self._produce(self._number, topic, message)
+        pending = _Pending(self, topic, message, done)
+        self.pending[pending] = pending
+        self._produce(pending)
+        self._misses = 0
+        if not self._polling:
+            self._polling = True
+            self._timer.cancel()
+            self._loop.call_soon(self._poll)
 
-    def _produce(self, number: int, topic: str, message: Outgoing) -> None:
-        raw = self._raw
-
-        def report(error: KafkaError | None, _: Message) -> None:
-            self._report(raw, number, error)
-
+    def _produce(self, pending: _Pending) -> None:
+        pending.raw = self.raw
+        message = pending.message
         try:
-            raw.produce(topic, message.body, message.key or None, on_delivery=report, headers=headers_of(message))
+            self.raw.produce(
+                pending.topic,
+                message.body,
+                message.key or None,
+                on_delivery=pending,
+                headers=headers_of(message),
+            )
         except KafkaException as error:
-            self._report(raw, number, error_of(error))
+            self._loop.call_soon(pending, error_of(error), None)
         except BufferError:
-            self._report(raw, number, KafkaError(KafkaError._QUEUE_FULL))
-
-    def _report(self, raw: RawProducer, number: int, error: KafkaError | None) -> None:
-        """Called in either thread."""
-        self._reports.append((raw, number, error))
-        if not self._woken:
-            self._woken = True
-            self._loop.call_soon_threadsafe(self._settle)
-
-    def _settle(self) -> None:
-        self._woken = False
-        while self._reports:
-            raw, number, error = self._reports.popleft()
-            if raw is not self._raw:
-                continue  # renewed meanwhile: it was sent again
-            if error is not None and error.fatal() and not self._closing:
-                self._renew()
-                continue
-            entry = self._pending.pop(number, None)
-            if entry is not None:
-                problem = None if error is None else translate(error, f"publishing to {entry[0]}", len(entry[1].body))
-                entry[2](problem)
-        if self.ready:
-            self._room.set()
-
-    def _renew(self) -> None:
-        """An idempotent producer that has lost its sequence never recovers: a new one sends what is unconfirmed."""
-        log.warning("the producer is renewed; %d unconfirmed messages are sent again", len(self._pending))
-        old, self._raw = self._raw, RawProducer(self._config)
-        old.purge(blocking=False)
-        for number, (topic, message, _) in list(self._pending.items()):
-            self._produce(number, topic, message)
+            self._loop.call_soon(pending, KafkaError(KafkaError._QUEUE_FULL), None)
 
     def _poll(self) -> None:
-        while not self._closing:
-            self._raw.poll(0.1)
+        """Takes reports, and again at once while some come. The loop's timers are of 1 ms, and a broker at hand answers
+        sooner: so the first waits are short sleeps."""
+        try:
+            found = self.raw.poll(0)
+        finally:
+            self._polling = bool(self.pending) and self._misses < _SOON
+            if self._polling:
+                self._loop.call_soon(self._poll)
+            else:
+                pause = min(0.001 * (self._misses - _SOON + 1), 0.02) if self.pending else _SLOW
+                self._timer = self._loop.call_later(pause, self._poll)
+        if found:
+            self._misses = 0
+            if self.ready:
+                self._room.set()
+        else:
+            self._misses += 1
+            if self._polling and self._loop.time() - self._polled < 3 * _NAP:  # else the loop has other work
+                time.sleep(_NAP)
+        self._polled = self._loop.time()
+
+    def renew(self) -> None:
+        """An idempotent producer that has lost its sequence never recovers: a new one sends what is unconfirmed. Not
+        at once, as this is called from within the old one."""
+        if not self._renewing and not self._closing:
+            self._renewing = True
+            self._loop.call_soon(self._renew)
+
+    def _renew(self) -> None:
+        log.warning("the producer is renewed; %d unconfirmed messages are sent again", len(self.pending))
+        self._renewing = False
+        old, self.raw = self.raw, RawProducer(self._config)
+        old.purge(blocking=False)
+        for pending in list(self.pending):
+            self._produce(pending)
 
     async def close(self) -> None:
         """Gives what is queued a few seconds; what is left is reported as unavailable."""
-        await asyncio.to_thread(self._raw.flush, 5)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_CLOSING):
+                while self.pending:
+                    self._room.clear()
+                    await self._room.wait()
         self._closing = True
-        await asyncio.to_thread(self._thread.join)
-        self._settle()  # what was reported last
-        self._raw.purge(blocking=False)
-        for topic, _, done in self._pending.values():
-            done(BrokerUnavailable(f"closed before {topic} confirmed", hint="is the broker running and reachable?"))
-        self._pending.clear()
+        self._timer.cancel()
+        self.raw.purge(blocking=False)
+        for pending in list(self.pending):
+            hint = "is the broker running and reachable?"
+            pending.done(BrokerUnavailable(f"closed before {pending.topic} confirmed", hint=hint))
+        self.pending.clear()

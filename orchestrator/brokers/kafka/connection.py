@@ -210,7 +210,7 @@ class KafkaConnection(Connection):
             stored = _stored(message)
             if ("dlq-agent" in stored.headers) != dead_letters:
                 continue
-            if (name := client.readable(message.headers()).get(client.EVENT_ID)) is not None:
+            if (name := client.readable(message).get(client.EVENT_ID)) is not None:
                 if name in known and (dead_letters or stored.time - known[name] <= channel.dedup_window):
                     continue  # sent before a crash, and once more after it
                 known.setdefault(name, stored.time)
@@ -249,7 +249,8 @@ class KafkaConnection(Connection):
                 for message in await asyncio.shield(fetching):
                     number, offset = message.partition() or 0, message.offset() or 0
                     if (error := message.error()) is None:
-                        if number in unread and (follow or offset < ends[number]):
+                        nothing = client.NOTHING in client.readable(message)
+                        if number in unread and (follow or offset < ends[number]) and not nothing:
                             batch.append(message)
                         offset += 1
                     elif error.code() != KafkaError._PARTITION_EOF:
@@ -332,7 +333,7 @@ class KafkaConnection(Connection):
                 if seen == 0 and (holes or (message.offset() or 0) >= edge):
                     oldest = max(oldest, now - _stored(message).time)
                 if (message.offset() or 0) >= edge:
-                    due = float(client.readable(message.headers()).get(client.DUE, 0))
+                    due = float(client.readable(message).get(client.DUE, 0))
                     lag[2 if due > now else 0] += 1
                 seen += 1
                 if seen >= _LOOK:
@@ -396,7 +397,7 @@ class KafkaConnection(Connection):
 
 
 def _stored(message: Message) -> Stored:
-    headers = client.readable(message.headers())
+    headers = client.readable(message)
     return Stored(
         position=f"{message.topic()}:{message.partition()}:{message.offset()}",
         body=message.value() or b"",

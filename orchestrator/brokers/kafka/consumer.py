@@ -12,9 +12,9 @@ from typing import Any, Protocol
 from orchestrator.brokers.base import Consumer, Delivery, Done, Ended, History, Left, Outgoing, Sink
 from orchestrator.brokers.kafka.client import KafkaProducer, require_safe
 from orchestrator.brokers.kafka.desk import settle
-from orchestrator.brokers.kafka.intake import KafkaDelivery
-from orchestrator.brokers.kafka.positions import Book
-from orchestrator.brokers.kafka.reader import Reader, Settings
+from orchestrator.brokers.kafka.intake import Book, KafkaDelivery
+from orchestrator.brokers.kafka.positions import gone
+from orchestrator.brokers.kafka.reader import STOCK, Reader, Settings
 from orchestrator.errors import BrokerError, BrokerUnavailable, PublishRejected
 from orchestrator.topology.model import Subscription
 
@@ -25,8 +25,6 @@ _ASSIGNMENT = 15.0
 #: How long `open` does. A member that must hand something over to us may have to wait for its handlers first.
 _JOINING = 2.0
 _DRAINING = 5.0
-#: Deliveries kept ready beyond the free slots. Nobody else could have them: their partition is ours.
-_STOCK = 64
 
 
 class Healer(Protocol):
@@ -40,6 +38,25 @@ class Healer(Protocol):
     def ended(self, consumer: KafkaConsumer) -> None: ...
 
 
+class _Settling:
+    """A delivery until its outputs are confirmed."""
+
+    __slots__ = ("consumer", "delivery", "done", "failed", "waiting")
+
+    def __init__(self, consumer: KafkaConsumer, delivery: KafkaDelivery, waiting: int, done: Done) -> None:
+        self.consumer, self.delivery, self.waiting, self.done = consumer, delivery, waiting, done
+        self.failed: BaseException | None = None
+
+    def __call__(self, error: BaseException | None) -> None:
+        self.waiting -= 1
+        self.failed = self.failed or error
+        if self.waiting == 0:
+            if self.failed is None:
+                self.consumer.finish(self.delivery, self.done)
+            else:
+                self.done(self.failed)
+
+
 class KafkaConsumer(Consumer):
     def __init__(self, settings: Settings, healer: Healer, subscription: Subscription) -> None:
         self._subscription = subscription
@@ -49,7 +66,7 @@ class KafkaConsumer(Consumer):
         self._reader: Reader | None = None
         self._healing: asyncio.Task[None] | None = None
         self._ended = self._drained = self._pouring = False
-        self._free = 0
+        self._free = self._landed = 0
         self._stock: deque[KafkaDelivery] = deque()  # handed over by the thread, not yet asked for by the worker
 
     async def open(self, sink: Sink) -> None:
@@ -70,7 +87,7 @@ class KafkaConsumer(Consumer):
             self._loop.call_soon(self._pour)
 
     def _ask_for_more(self) -> None:
-        self._thread.demand(0 if self._drained else self._free + _STOCK - len(self._stock))
+        self._thread.demand(0 if self._drained else self._landed + self._free + STOCK - len(self._stock))
 
     def _pour(self) -> None:
         """Hands out what lies here already: a freed slot need not wait for the thread."""
@@ -80,13 +97,14 @@ class KafkaConsumer(Consumer):
             batch = [self._stock.popleft() for _ in range(count)]
             for delivery in batch:
                 delivery.handed = True
-            self._thread.call(self._thread.handed)
             self._free -= count
-            self._ask_for_more()
             self._sink.deliver(batch)
 
     def settle(self, delivery: Delivery, outputs: Sequence[Outgoing], done: Done) -> None:
         assert isinstance(delivery, KafkaDelivery)
+        if not outputs:
+            self.finish(delivery, done)
+            return
         try:
             for output in outputs:
                 require_safe(output)
@@ -96,25 +114,17 @@ class KafkaConsumer(Consumer):
         if any(output.channel.dead_letters for output in outputs):
             self._call(self._thread.move, delivery, list(outputs), done)
             return
-        finish = partial(self._call, self._thread.finish, delivery, done)
-        if not outputs:
-            finish()
-            return
-        waiting = len(outputs)
-        failed: BaseException | None = None
-
-        def confirmed(error: BaseException | None) -> None:
-            nonlocal waiting, failed
-            waiting -= 1
-            failed = failed or error
-            if waiting == 0:
-                if failed is None:
-                    finish()
-                else:
-                    done(failed)
-
+        settling = _Settling(self, delivery, len(outputs), done)
         for output in outputs:
-            self._producer.send(output, confirmed)
+            self._producer.send_to(output.channel.address, output, settling)
+
+    def finish(self, delivery: KafkaDelivery, done: Done) -> None:
+        """The thread's next commit says so; the worker need not wait for it."""
+        if delivery.is_open:
+            delivery.book.finish(delivery.offset)
+            done(None)
+        else:
+            done(gone(delivery.book))
 
     def retry(self, delivery: Delivery, history: History, delay: float, done: Done) -> None:
         assert isinstance(delivery, KafkaDelivery)
@@ -174,8 +184,8 @@ class KafkaConsumer(Consumer):
             done(error)
 
     def deliver(self, deliveries: Sequence[KafkaDelivery]) -> None:
-        self._thread.landed(len(deliveries))
-        self._stock.extend(deliveries)
+        self._landed += len(deliveries)
+        self._stock.extend(delivery for delivery in deliveries if delivery.is_open)
         if self._drained:
             self._give_back_stock()
         else:
@@ -183,10 +193,11 @@ class KafkaConsumer(Consumer):
 
     def recall(self, books: Sequence[Book]) -> None:
         """These partitions are about to go: what of them the worker does not have yet, it does not get."""
-        self._stock = deque(delivery for delivery in self._stock if delivery.ledger not in books)
+        self._stock = deque(delivery for delivery in self._stock if delivery.book not in books)
+        self._ask_for_more()
 
     def revoked(self, deliveries: Sequence[KafkaDelivery]) -> None:
-        self.recall([delivery.ledger for delivery in deliveries])
+        self.recall([delivery.book for delivery in deliveries])
         if gone := [delivery for delivery in deliveries if delivery.handed]:
             self._sink.revoked(gone)
 

@@ -11,8 +11,7 @@ from confluent_kafka import KafkaException
 from orchestrator.brokers.base import Done
 
 if TYPE_CHECKING:
-    from orchestrator.brokers.kafka.intake import KafkaDelivery
-    from orchestrator.brokers.kafka.ledger import Ledger
+    from orchestrator.brokers.kafka.intake import Book, KafkaDelivery
 
 
 class Owner(Protocol):
@@ -20,12 +19,15 @@ class Owner(Protocol):
 
     def finished(self, dones: Sequence[tuple[Done, BaseException | None]]) -> None: ...
     def deliver(self, deliveries: Sequence[KafkaDelivery]) -> None: ...
-    def recall(self, books: Sequence[Ledger[KafkaDelivery]]) -> None: ...
+    def recall(self, books: Sequence[Book]) -> None: ...
     def revoked(self, deliveries: Sequence[KafkaDelivery]) -> None: ...
     def trouble(self, reason: str | None) -> None: ...
     def alarm(self, message: str) -> None: ...
     def assigned(self) -> None: ...
     def heal(self) -> None: ...
+
+
+_AWAY = "not connected"
 
 
 class Desk:
@@ -58,10 +60,16 @@ class Desk:
                 self.stopping = True
 
     def say(self, reason: str | None) -> None:
-        """What is wrong, or None; told when it changes."""
+        """What is wrong, or None; told when it changes. Once disconnected, how does not matter."""
+        if reason is not None and reason.startswith(_AWAY) and self.away:
+            return
         if reason != self.trouble:
             self.trouble = reason
             self.post(lambda: self.owner.trouble(reason))
+
+    @property
+    def away(self) -> bool:
+        return self.trouble is not None and self.trouble.startswith(_AWAY)
 
     def alarm(self, message: str) -> None:
         self.post(lambda: self.owner.alarm(message))

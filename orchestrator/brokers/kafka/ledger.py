@@ -19,8 +19,8 @@ from orchestrator.brokers.base import History
 
 #: What a broker takes as metadata (offset.metadata.max.bytes is 4096).
 _ROOM = 4000
-#: After an unclean end, how far beyond the last committed edge a record may have been handed out.
-_SUSPECT = 1024
+#: How far beyond the last committed edge a record may be handed out; after an unclean end all of those are suspected.
+SUSPECT = 2048
 
 
 class Handed(Protocol):
@@ -31,16 +31,22 @@ D = TypeVar("D", bound=Handed)
 
 
 class Ledger(Generic[D]):
-    """One assigned partition. Offsets are seen in order, finished in any order. D is the type of a delivery."""
+    """One assigned partition. Offsets are seen in order, handed out and finished in any. D is the type of a delivery.
+
+    The reader's thread owns it, but for finish(): the loop calls it too, so what finish() changes is copied before it
+    is walked.
+    """
 
     def __init__(self, topic: str, number: int, committed: int, metadata: str, *, owner: str) -> None:
         kept = _unpack(metadata)
         self.topic, self.number, self.owner = topic, number, owner
         self.low = committed  # everything below is finished
-        self.edge = committed  # everything below has been seen
+        self.seen = committed  # everything below has been read
+        self.edge = committed  # nothing from here on was ever handed out
+        self.told = committed  # the edge of the last commit
         self.lost: int = kept.get("lost", 0)  # trimmed before it was read
-        self.undone: dict[int, None] = {}  # seen and not finished, in order
-        self.in_flight: dict[int, D] = {}
+        #: Handed out (with its delivery), parked or given back (without), and not finished; in order.
+        self.open: dict[int, D | None] = {}
         self.histories: dict[int, History] = {
             committed + offset: History.decode(json.dumps(history).encode())
             for history, runs in kept.get("histories", ())
@@ -51,23 +57,37 @@ class Ledger(Generic[D]):
         self.dirty = True
         self._before = committed + kept.get("edge", 0)
         self._holes = {committed + offset for offset in _spread(kept.get("holes", ()))}
-        self._suspect_below = 0 if kept.get("clean", not metadata) else self._before + _SUSPECT
+        self._suspect_below = 0 if kept.get("clean", not metadata) else self._before + SUSPECT
 
     def see(self, offset: int) -> bool:
         """Whether the record at `offset` is new to us and not finished by a predecessor."""
-        if offset < self.edge:
+        if offset < self.seen:
             return False
-        self.edge = offset + 1
-        if offset < self._before and offset not in self._holes:
-            self.dirty = True
-            return False
-        self.undone[offset] = None
-        return True
+        self.seen = offset + 1
+        return offset >= self._before or offset in self._holes
 
-    def reach(self, offset: int) -> None:
-        """Nothing but markers of transactions lies before `offset`, the end of the log."""
-        if offset > self.edge:
-            self.edge, self.dirty = offset, True
+    def park(self, offset: int) -> None:
+        """It was read, and waits for its time."""
+        self.hand(offset, None)
+
+    def hand(self, offset: int, delivery: D | None) -> None:
+        self.open[offset] = delivery
+        if offset >= self.edge:
+            self.edge = offset + 1
+
+    def skip_to(self, offset: int) -> None:
+        """Nothing that was not read yet lies before `offset`: the end of the log, or its beginning after a trim."""
+        self.seen = max(self.seen, offset)
+
+    def catch_up(self) -> None:
+        """Whatever was read has been handed out or passed over."""
+        if self.seen > self.edge:
+            self.edge, self.dirty = self.seen, True
+
+    @property
+    def ahead(self) -> int:
+        """How far handing out has gone beyond what a successor would be told."""
+        return self.edge - self.told
 
     def redelivered(self, offset: int) -> bool:
         """Whether a predecessor may have started it without a history of that run."""
@@ -81,7 +101,7 @@ class Ledger(Generic[D]):
     def is_open(self, offset: int) -> bool:
         """Whether `offset` is still to be finished, seen or not."""
         if offset < self.edge:
-            return offset in self.undone
+            return offset in self.open
         return offset >= self._before or offset in self._holes
 
     def remember(self, offset: int, history: History) -> None:
@@ -89,36 +109,38 @@ class Ledger(Generic[D]):
         self.dirty = True
 
     def finish(self, offset: int) -> None:
-        self.undone.pop(offset, None)
-        self.in_flight.pop(offset, None)
-        self.histories.pop(offset, None)
-        self.dirty = True
-
-    @property
-    def running(self) -> int:
-        """How many the worker has."""
-        return sum(delivery.handed for delivery in self.in_flight.values())
+        self.open.pop(offset, None)
+        if self.histories:
+            self.histories.pop(offset, None)
+        self.dirty = True  # last: a snapshot that missed it is followed by another
 
     def snapshot(self, *, without: Collection[int] = (), clean: bool = False) -> tuple[int, str]:
-        """The offset and metadata to commit, as if `without` were finished. `clean`: nothing of ours is running."""
-        holes = [offset for offset in self.undone if offset not in without]
-        unseen = [offset for offset in self._holes if offset >= self.edge]
+        """The offset, the edge and the metadata to commit, as if `without` were finished. `clean`: nothing of ours is
+        running."""
+        known = self.open.copy()
+        holes = [offset for offset in known if offset not in without] if without else list(known)
+        if self._holes:
+            self._holes = {offset for offset in self._holes if offset >= self.edge}
+            holes += sorted(self._holes)
         edge = max(self.edge, self._before)
-        low = holes[0] if holes else min(unseen, default=edge)
-        holes += sorted(unseen)
-        histories = {o: h for o, h in self.histories.items() if o >= low and o not in without}
+        low = holes[0] if holes else edge
+        histories = {o: h for o, h in self.histories.copy().items() if o >= low and o not in without}
+        running = sum(one is not None and one.handed for one in known.values())
         for cut in (False, True):
-            text = self._pack(low, edge, holes, _shortened(histories) if cut else histories, clean)
+            text = self._pack(low, edge, holes, _shortened(histories) if cut else histories, clean, running)
             if len(text) <= _ROOM:
                 return low, text
         # Thousands finished in a wild order: remember the lower part; after a crash the rest would run again.
         while len(text) > _ROOM:
             edge = low + (edge - low) // 2
             histories = {o: h for o, h in histories.items() if o < edge}
-            text = self._pack(low, edge, [o for o in holes if o < edge], _shortened(histories), clean)
+            below = [o for o in holes if o < edge]
+            text = self._pack(low, edge, below, _shortened(histories), clean, running)
         return low, text
 
-    def _pack(self, low: int, edge: int, holes: list[int], histories: dict[int, History], clean: bool) -> str:
+    def _pack(
+        self, low: int, edge: int, holes: list[int], histories: dict[int, History], clean: bool, running: int
+    ) -> str:
         grouped: dict[bytes, list[int]] = {}
         for offset, history in sorted(histories.items()):
             grouped.setdefault(history.encode(), []).append(offset - low)
@@ -127,7 +149,7 @@ class Ledger(Generic[D]):
             "clean": clean,
             "edge": edge - low,
             "holes": list(_runs(offset - low for offset in holes)),
-            "running": self.running,
+            "running": running,
             "lost": self.lost,
             "histories": [(json.loads(history), list(_runs(offsets))) for history, offsets in grouped.items()],
         }
@@ -141,6 +163,11 @@ def backlog(metadata: str) -> tuple[int, int, int, int]:
     """(edge above the committed offset, unfinished below it, running, lost): what `lag` reads of a commit."""
     kept = _unpack(metadata)
     return kept.get("edge", 0), sum(kept.get("holes", ())[1::2]), kept.get("running", 0), kept.get("lost", 0)
+
+
+def owner_of(metadata: str) -> str | None:
+    """Who made the commit."""
+    return _unpack(metadata).get("owner")
 
 
 def _unpack(metadata: str) -> dict[str, Any]:

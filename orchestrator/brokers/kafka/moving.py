@@ -18,8 +18,7 @@ from orchestrator import clock
 from orchestrator.brokers.base import Done, History, Outgoing
 from orchestrator.brokers.kafka import client
 from orchestrator.brokers.kafka.desk import Desk
-from orchestrator.brokers.kafka.intake import KafkaDelivery
-from orchestrator.brokers.kafka.ledger import Ledger
+from orchestrator.brokers.kafka.intake import Book, KafkaDelivery
 from orchestrator.errors import BrokerUnavailable, PublishRejected, ResourceMissing
 
 #: How many moves share a transaction.
@@ -39,11 +38,12 @@ class Move:
 
 
 class Mover:
-    def __init__(self, config: Mapping[str, Any], desk: Desk) -> None:
+    def __init__(self, config: Mapping[str, Any], retry: str, desk: Desk) -> None:
         self.queue: list[Move] = []
-        self._config, self._desk = config, desk
+        self._config, self._retry, self._desk = config, retry, desk
         self._after = 0.0
         self._producer: RawProducer | None = None
+        self._touched: dict[tuple[str, int], None] = {}  # where the last transaction has written
 
     @property
     def due(self) -> bool:
@@ -53,40 +53,81 @@ class Mover:
         """Our transactional producer; making it ends what a predecessor of the same name left open."""
         if self._producer is None:
             producer = RawProducer(client.for_producer(self._config))
+            producer.list_topics(
+                self._retry, timeout=5
+            )  # without a connection it would look for its coordinator twice a second
             self._insist(lambda: producer.init_transactions(5))
             self._producer = producer
         return self._producer
 
-    def move(self, consumer: RawConsumer, is_mine: Callable[[KafkaDelivery, Done], bool]) -> KafkaError | None:
-        """Moves what is queued and still ours; what fails for now stays queued. Returns why it did."""
+    def move(
+        self,
+        consumer: RawConsumer,
+        is_mine: Callable[[KafkaDelivery, Done], bool],
+        told: Callable[[Sequence[TopicPartition]], None],
+    ) -> KafkaError | None:
+        """Moves what is queued and still ours; what fails for now stays queued. Returns why it did. `told` gets what
+        was committed."""
         moves, self.queue = self.queue[:_MOVES], self.queue[_MOVES:]
         moves = [move for move in moves if is_mine(move.delivery, move.done)]
         if not moves:
             return None
-        touched: dict[int, tuple[Ledger[KafkaDelivery], set[int]]] = {}
+        touched: dict[int, tuple[Book, set[int]]] = {}
         for move in moves:
-            ledger = move.delivery.ledger
-            touched.setdefault(id(ledger), (ledger, set()))[1].add(move.delivery.offset)
+            book = move.delivery.book
+            touched.setdefault(id(book), (book, set()))[1].add(move.delivery.offset)
         try:
             producer = self.ready()
             producer.begin_transaction()
+            self._touched.clear()
             for move in moves:
-                _write(producer, move)
-            offsets = [entry(ledger, without=gone) for ledger, gone in touched.values()]
+                self._write(producer, move)
+            offsets = [entry(book, without=gone) for book, gone in touched.values()]
             members = consumer.consumer_group_metadata()
             self._insist(lambda: producer.send_offsets_to_transaction(offsets, members, 5))
             self._insist(lambda: producer.commit_transaction(5))
         except KafkaException as error:
             return self._undo(moves, client.error_of(error))
+        told(offsets)
         for move in moves:
-            move.delivery.ledger.finish(move.delivery.offset)
+            move.delivery.book.finish(move.delivery.offset)
             self._desk.done(move.done)
         return None
+
+    def heal(self, consumer: RawConsumer, offsets: Sequence[TopicPartition]) -> None:
+        """A broker that is killed after it decided a transaction may forget its markers when it starts again (seen with
+        Kafka 4.3): readers of committed records then stop before it, and the offsets stay pending. The end of the next
+        transaction of the same producer in the same places ends that one too; so here is one that says nothing. Raises
+        KafkaException."""
+        producer = self.ready()
+        places = list(self._touched) or [(self._retry, 0)]
+        try:
+            producer.begin_transaction()
+            for topic, number in places:
+                producer.produce(topic, partition=number, headers=[(client.NOTHING, b"")])
+            if offsets:
+                members = consumer.consumer_group_metadata()
+                self._insist(lambda: producer.send_offsets_to_transaction(list(offsets), members, 5))
+            self._insist(lambda: producer.commit_transaction(5))
+        except KafkaException as error:
+            self._undo((), client.error_of(error))
+            raise
+        self._touched.clear()
 
     def close(self) -> None:
         for move in self.queue:
             self._desk.done(move.done, BrokerUnavailable("the consumer is closed"))
         self.queue.clear()
+
+    def _write(self, producer: RawProducer, move: Move) -> None:
+        def report(error: KafkaError | None, message: Message) -> None:
+            if error is None:
+                self._touched[message.topic() or "", message.partition() or 0] = None
+            elif error.code() not in (KafkaError._PURGE_QUEUE, KafkaError._PURGE_INFLIGHT):
+                move.refused = error
+
+        for topic, body, key, headers in move.records:
+            producer.produce(topic, body, key, headers=headers, on_delivery=report)
 
     def _insist(self, call: Callable[[], object]) -> None:
         """Repeats a step of a transaction while its outcome is unknown."""
@@ -136,27 +177,19 @@ def letters(delivery: KafkaDelivery, outputs: Sequence[Outgoing], done: Done) ->
 
 def postponed(retry: str, delivery: KafkaDelivery, history: History, delay: float, done: Done) -> Move:
     """The move of an event to its retry topic, with everything that a reader there must know."""
-    due = max(history.not_before, clock.now() + delay if delay > 0 else 0.0)
-    headers: client.Headers = [(k, v) for k, v in delivery.raw_headers if k not in client.MECHANICS]
+    now = clock.now()
+    due = now + max(history.rest(now), delay)
+    headers: client.Headers = [(k, v) for k, v in client.pairs(delivery.message) if k not in client.MECHANICS]
     headers += [
         (client.HISTORY, history.encode()),
         (client.DUE, f"{due:.3f}".encode()),
         (client.ORIGIN, delivery.position.encode("utf-8", "surrogateescape")),
         (client.STORED, f"{delivery.time:.3f}".encode()),
     ]
-    return Move(delivery, [(retry, delivery.body, delivery.key, headers)], done)
+    return Move(delivery, [(retry, delivery.body, delivery.message.key(), headers)], done)
 
 
-def entry(ledger: Ledger[KafkaDelivery], **how: Any) -> TopicPartition:
-    """What to commit for `ledger`."""
-    low, metadata = ledger.snapshot(**how)
-    return TopicPartition(ledger.topic, ledger.number, low, metadata)
-
-
-def _write(producer: RawProducer, move: Move) -> None:
-    def report(error: KafkaError | None, _: Message) -> None:
-        if error is not None and error.code() not in (KafkaError._PURGE_QUEUE, KafkaError._PURGE_INFLIGHT):
-            move.refused = error
-
-    for topic, body, key, headers in move.records:
-        producer.produce(topic, body, key, headers=headers, on_delivery=report)
+def entry(book: Book, **how: Any) -> TopicPartition:
+    """What to commit for `book`."""
+    low, metadata = book.snapshot(**how)
+    return TopicPartition(book.topic, book.number, low, metadata)

@@ -6,8 +6,9 @@ Runs in the reader's thread; on_assign, on_revoke, on_lost and on_commit are cal
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 from confluent_kafka import Consumer as RawConsumer
 from confluent_kafka import KafkaError, KafkaException, TopicPartition
@@ -15,36 +16,45 @@ from confluent_kafka import KafkaError, KafkaException, TopicPartition
 from orchestrator.brokers.base import Done
 from orchestrator.brokers.kafka import client
 from orchestrator.brokers.kafka.desk import Desk
-from orchestrator.brokers.kafka.intake import KafkaDelivery
-from orchestrator.brokers.kafka.ledger import Ledger
+from orchestrator.brokers.kafka.intake import Book, KafkaDelivery
+from orchestrator.brokers.kafka.ledger import SUSPECT, owner_of
 from orchestrator.brokers.kafka.moving import entry
 from orchestrator.errors import BrokerUnavailable
 
-#: Delivered, but not settled: how long the commit that says so may wait for another reason to commit.
-_LAZY = 0.05
-
-Book = Ledger[KafkaDelivery]
+#: Seconds between commits, in general; and when something was handed out, but nothing settled.
+_PACE, _LAZY = 0.005, 0.05
+#: So long events go on being settled while no commit gets through.
+_PATIENCE = 5.0
+#: Seconds in which offsets become stable, usually; and after which no transaction can be open any more: its timeout and
+#: the interval in which brokers look for such.
+_STABLE, _ABORTED = 3.0, 20.0
 
 
 class Positions:
     def __init__(
         self,
         desk: Desk,
+        config: Mapping[str, Any],
         owner: str,
         handover: float,
         work: Callable[[], None],
         forget: Callable[[Sequence[Book]], None],
+        heal: Callable[[Sequence[TopicPartition]], None],
     ) -> None:
         self.books: dict[tuple[str, int], Book] = {}
         self.committing: list[tuple[Book, Done]] | None = None
         self.missing: set[str] = set()  # topics that were deleted
         self.fenced = False
-        self._desk, self._owner, self._handover = desk, owner, handover
-        self._work, self._forget = work, forget  # the reader: run commands and moves; forget records of these
+        self._desk, self._config, self._owner, self._handover = desk, config, owner, handover
+        # The reader: run commands and moves; forget the records of these; end transactions that a broker left open.
+        self._work, self._forget, self._heal = work, forget, heal
         self._settled: list[tuple[Book, Done]] = []
         self._after = 0.0
         self._stale = 0  # commits whose report no longer matters
-        self._delivered_at: float | None = None
+        self._committed_at = 0.0
+        self._owed = 0.0  # since when something is committed without success; 0 for nothing
+        self._told: tuple[list[tuple[Book, int]], list[TopicPartition]] = [], []  # what the commit under way says
+        self._last: dict[tuple[str, int], TopicPartition] = {}  # our last successful commit of each
         self._seeks: dict[tuple[str, int], int] = {}
 
     # --- committing -------------------------------------------------------------------------------------------
@@ -53,31 +63,38 @@ class Positions:
         """`done` is told when what `book` says now is committed."""
         self._settled.append((book, done))
 
-    def delivered(self) -> None:
-        """Something was handed out: a commit is to say so before long."""
-        self._delivered_at = self._delivered_at or time.monotonic()
-
     def is_current(self, book: Book) -> bool:
         return self.books.get((book.topic, book.number)) is book
 
+    def may_hand_out(self, book: Book) -> bool:
+        """A successor must be able to tell an unclean end, and what it would have to suspect; and what is settled
+        while no commit gets through would run again."""
+        return book.written and book.ahead < SUSPECT and (not self._owed or time.monotonic() - self._owed < _PATIENCE)
+
     def commit(self, consumer: RawConsumer) -> None:
-        """One commit at a time, of every partition that changed; what was settled meanwhile rides with the next."""
+        """One commit at a time, of every partition that changed; what was settled meanwhile rides with the next. At
+        once when somebody waits for it, else a few milliseconds after the one before."""
         now = time.monotonic()
         if self.committing is not None or now < self._after:
             return
         dirty = [book for book in self.books.values() if book.dirty]
-        if self._delivered_at is not None and now - self._delivered_at > _LAZY:
-            dirty = list(self.books.values())
-        if not dirty:
+        if self._settled and not dirty:
             self._confirm(self._settled)
             self._settled = []
+        if now - self._committed_at > _LAZY:
+            dirty += [book for book in self.books.values() if book.ahead and not book.dirty]
+        if not dirty:
             return
-        self._delivered_at = None
+        if not self._settled and now - self._committed_at < _PACE and all(book.ahead < SUSPECT // 2 for book in dirty):
+            return
+        self.committing, self._settled = self._settled, []
+        self._committed_at, self._owed = now, self._owed or now
         for book in dirty:
             book.dirty = False
-        self.committing, self._settled = self._settled, []
+        entries = [entry(book) for book in dirty]
+        self._told = [(book, book.edge) for book in dirty], entries
         try:
-            consumer.commit(offsets=[entry(book) for book in dirty], asynchronous=True)
+            consumer.commit(offsets=entries, asynchronous=True)
         except KafkaException:
             self._refused(dirty)
 
@@ -85,18 +102,30 @@ class Positions:
         if self._stale:
             self._stale -= 1
             return
-        books = self._books(partitions)
         if error is not None or any(tp.error is not None for tp in partitions):
             codes = {tp.error.code() for tp in partitions if tp.error is not None} | {error.code() if error else 0}
-            self._refused(books)
+            self._refused(self._books(partitions))
             if not codes.isdisjoint(client.FATAL):
                 self.fence()
             return
         for tp in partitions:
             if (book := self.books.get((tp.topic, tp.partition))) is not None:
                 book.written, book.low = True, tp.offset
+        self._tell()
         done, self.committing = self.committing or [], None
         self._confirm(done)
+
+    def _tell(self) -> None:
+        edges, entries = self._told
+        for book, edge in edges:
+            book.told = max(book.told, edge)
+        self.told(entries)
+        self._owed = 0.0
+
+    def told(self, entries: Sequence[TopicPartition]) -> None:
+        """These are committed, plainly or by a transaction."""
+        for tp in entries:
+            self._last[tp.topic, tp.partition] = tp
 
     def _confirm(self, settled: Sequence[tuple[Book, Done]]) -> None:
         for _, done in settled:
@@ -120,7 +149,7 @@ class Positions:
 
     def on_assign(self, consumer: RawConsumer, partitions: list[TopicPartition]) -> None:
         start: list[TopicPartition] = []
-        for tp in self._desk.patiently(lambda: consumer.committed(partitions, timeout=5)) if partitions else []:
+        for tp in self._committed(consumer, partitions) if partitions else []:
             low, high = self._desk.patiently(partial(consumer.get_watermark_offsets, tp, timeout=5))
             book = self._book_at(tp, low, high)
             self.books[tp.topic, tp.partition] = book
@@ -128,6 +157,49 @@ class Positions:
             start.append(TopicPartition(tp.topic, tp.partition, book.low))
         consumer.incremental_assign(start)
         self._desk.post(self._desk.owner.assigned)
+        self._desk.flush()
+
+    def _committed(self, consumer: RawConsumer, partitions: list[TopicPartition]) -> list[TopicPartition]:
+        """The commits of `partitions`, as soon as none of them may still be changed by a transaction."""
+        began = time.monotonic()
+
+        def ask() -> list[TopicPartition]:
+            try:
+                return consumer.committed(partitions, timeout=_STABLE)
+            except KafkaException as error:
+                found = client.error_of(error)
+                if found is None or found.code() != KafkaError._TIMED_OUT:
+                    raise
+                return self._unstable(partitions, time.monotonic() - began > _ABORTED) or self._raise(error)
+
+        return self._desk.patiently(ask)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def _raise(error: KafkaException) -> list[TopicPartition]:
+        raise error
+
+    def _unstable(self, partitions: list[TopicPartition], late: bool) -> list[TopicPartition]:
+        """A broker that is killed after a transaction was decided may lose its marker, and then the offsets stay
+        pending for good. The commit before it is told; when that was ours, so was the transaction, and if this process
+        made it, it knows the offsets. Of another's, nothing can be pending any more when it is `late`. Events that were
+        moved by a transaction nobody remembers run again, with the same ids."""
+        plain = {k: v for k, v in self._config.items() if k != "group.instance.id"} | {
+            "isolation.level": "read_uncommitted"
+        }
+        look = RawConsumer(client.for_consumer(plain))
+        try:
+            found = look.committed(partitions, timeout=_STABLE)
+        finally:
+            look.close()
+        taken: list[TopicPartition] = []
+        for tp in found:
+            last = self._last.get((tp.topic, tp.partition), tp)
+            if owner_of(tp.metadata or "") != self._owner and tp.offset >= 0 and not late:
+                return []
+            taken.append(max(tp, last, key=lambda one: one.offset))
+        client.log.warning("the group's offsets stay pending; taken up at %s", taken)
+        self._heal([tp for tp in taken if tp.offset >= 0])
+        return taken
 
     def _book_at(self, tp: TopicPartition, low: int, high: int) -> Book:
         """The ledger of a partition that begins at `low`. A position that has no record any more is decided aloud."""
@@ -141,7 +213,7 @@ class Positions:
         elif at > high:
             self._desk.alarm(f"{tp.topic} [{tp.partition}] was made anew: it is read from its beginning")
             at, metadata = low, ""
-        book: Book = Ledger(tp.topic, tp.partition, at, metadata, owner=self._owner)
+        book = Book(tp.topic, tp.partition, at, metadata, owner=self._owner)
         book.lost += lost
         return book
 
@@ -149,11 +221,11 @@ class Positions:
         """Our place in the log is gone: trimmed under us, or the topic was made anew."""
         place = TopicPartition(book.topic, book.number)
         low, _ = self._desk.patiently(lambda: consumer.get_watermark_offsets(place, timeout=5))
-        if book.edge < low:
-            lost = low - book.edge
+        if book.seen < low:
+            lost = low - book.seen
             self._desk.alarm(f"{lost} unread events were trimmed from {book.topic} [{book.number}]")
             book.lost += lost
-            book.reach(low)
+            book.skip_to(low)
             self._seeks[book.topic, book.number] = low
         else:
             self._desk.alarm(f"{book.topic} [{book.number}] was made anew: it is read from its beginning")
@@ -167,7 +239,7 @@ class Positions:
 
     def _restart(self, key: tuple[str, int], low: int) -> None:
         self.drop([self.books[key]])
-        self.books[key] = Ledger(*key, low, "", owner=self._owner)
+        self.books[key] = Book(*key, low, "", owner=self._owner)
         self._seeks[key] = low
 
     def seek(self, consumer: RawConsumer) -> None:
@@ -191,7 +263,7 @@ class Positions:
         until = time.monotonic() + self._handover
         self.abandon_commit()
         self._work()
-        while any(book.running for book in running) and not self._desk.stopping and time.monotonic() < until:
+        while any(_is_running(book) for book in running) and not self._desk.stopping and time.monotonic() < until:
             self._commit_now(consumer)
             time.sleep(0.005)
             self._work()
@@ -209,14 +281,19 @@ class Positions:
         """Commits and waits for it, inside a callback, where nobody polls for a report."""
         books = [book for book in self.books.values() if book.dirty or book in going]
         if books and not self.fenced:
-            entries = [entry(book, clean=book in going and not book.running) for book in books]
+            edges = [(book, book.edge) for book in books]
+            for book in books:
+                book.dirty = False
+            entries = [entry(book, clean=book in going and not _is_running(book)) for book in books]
+            self._told = edges, entries
             try:
                 consumer.commit(offsets=entries, asynchronous=False)
             except KafkaException as error:
                 client.log.warning("a commit before a hand-over was refused: %s", error)
+                for book in books:
+                    book.dirty = True
                 return
-        for book in books:
-            book.dirty = False
+            self._tell()
         self._confirm(self._settled)
         self._settled = []
         self._desk.flush()
@@ -229,8 +306,8 @@ class Positions:
         self._forget(going)
         revoked: list[KafkaDelivery] = []
         for book in going:
-            revoked.extend(book.in_flight.values())
-            book.in_flight.clear()
+            revoked.extend(one for one in book.open.copy().values() if one is not None)
+            book.open.clear()
             self.books.pop((book.topic, book.number), None)
             self._seeks.pop((book.topic, book.number), None)
         for book, done in self._settled:
@@ -250,8 +327,13 @@ class Positions:
 
     def reset(self) -> None:
         """A new client begins."""
-        self.fenced, self.committing, self._stale = False, None, 0
+        self.fenced, self.committing, self._stale, self._owed = False, None, 0, 0.0
 
 
 def gone(book: Book) -> BrokerUnavailable:
     return BrokerUnavailable(f"{book.topic} [{book.number}] is no longer ours")
+
+
+def _is_running(book: Book) -> bool:
+    """Whether the worker has something of it."""
+    return any(one is not None and one.handed for one in book.open.copy().values())

@@ -20,8 +20,8 @@ from confluent_kafka import KafkaError, KafkaException, Message, TopicPartition
 from orchestrator.brokers.base import Done, History, Outgoing
 from orchestrator.brokers.kafka import client, moving
 from orchestrator.brokers.kafka.desk import Desk, Owner, settle
-from orchestrator.brokers.kafka.intake import Filter, Intake, KafkaDelivery, Place, history_of
-from orchestrator.brokers.kafka.positions import Book, Positions, gone
+from orchestrator.brokers.kafka.intake import Book, Filter, Intake, KafkaDelivery, Place, history_of
+from orchestrator.brokers.kafka.positions import Positions, gone
 from orchestrator.errors import BrokerError, BrokerUnavailable, ResourceMissing
 
 #: Records and bytes read beyond the free slots before partitions are paused; they are in nobody's way, as their
@@ -30,6 +30,9 @@ _AHEAD = 4096
 _AHEAD_BYTES = 16 << 20
 #: Records taken from the client at a time.
 _GULP = 500
+#: Deliveries kept ready in the loop beyond the free slots (nobody else could have them: their partition is ours), their
+#: bytes, and how many missing are worth a turn of the thread at once.
+STOCK, _STOCK_BYTES, ENOUGH = 256, 4 << 20, 64
 _PROBE = 2.0
 #: Finished records of a retry topic are deleted when so many are there.
 SWEEP = 1000
@@ -57,15 +60,20 @@ class Reader(threading.Thread):
         self._topics = [settings.topic, settings.wanted.retry]
         self._desk = Desk(loop, owner)
         self._positions = Positions(
-            self._desk, settings.owner, settings.handover, self._work, lambda books: self._intake.forget(books)
+            self._desk,
+            settings.consumer,
+            settings.owner,
+            settings.handover,
+            self._work,
+            lambda books: self._intake.forget(books),
+            lambda offsets: self._mover.heal(self._consumer, offsets),
         )
         self._intake = Intake(settings.wanted, self._positions.is_current)
-        self._mover = moving.Mover(settings.transactions, self._desk)
+        self._mover = moving.Mover(settings.transactions, settings.wanted.retry, self._desk)
         self._commands: deque[tuple[Callable[..., object], tuple[Any, ...]]] = deque()
         self._called = threading.Event()
-        self._lock = threading.Lock()  # of the two counts below
-        self._free = 0
-        self._landing = 0  # handed to the loop, not delivered yet
+        self.handed = 0  # deliveries given to the loop so far
+        self._limit = 0  # and how many it may have been given
         self._draining = False
         self._paused: set[tuple[str, int]] = set()
         self._active = self._probe_at = 0.0
@@ -84,13 +92,11 @@ class Reader(threading.Thread):
         """From a function that was called: runs `act` in the loop."""
         self._desk.post(act)
 
-    def demand(self, free: int) -> None:
-        with self._lock:
-            self._free = free - self._landing
-
-    def landed(self, count: int) -> None:
-        with self._lock:
-            self._landing -= count
+    def demand(self, limit: int) -> None:
+        """`limit` deliveries may have been handed out, counted from the beginning."""
+        self._limit = limit
+        if limit - self.handed >= ENOUGH and not self._called.is_set():
+            self._called.set()
 
     def stop(self) -> None:
         self._desk.stopping = True
@@ -158,16 +164,16 @@ class Reader(threading.Thread):
         now = time.monotonic()
         idle = now - self._active
         pause = min(0.001 if idle < 0.05 else idle / 10, 0.05, self._intake.next_due())
-        if len(self._intake.ready) < _GULP:
+        if self._intake.count < _GULP:
             messages = client.fetch(self._consumer, _GULP, pause)
         else:
             # Enough is here. The rest waits in the client, which stops fetching by itself (a pause would cost half a
             # second); this poll is for its callbacks.
-            self._called.wait(min(pause, 0.002))
+            self._called.wait(min(pause, 0.005))
             messages = client.fetch(self._consumer, 0, 0)
-        for message in messages:
+        if messages:
             self._active = now
-            self._take(message)
+            self._take(messages)
         self._flow()
         if now >= self._probe_at:
             self._probe_at = now + _PROBE
@@ -175,7 +181,8 @@ class Reader(threading.Thread):
             self._sweep()
 
     def _run_commands(self) -> bool:
-        self._called.clear()
+        if self._called.is_set():
+            self._called.clear()
         worked = bool(self._commands)
         while self._commands:
             function, arguments = self._commands.popleft()
@@ -189,52 +196,54 @@ class Reader(threading.Thread):
             self._move()
 
     def _move(self) -> None:
-        error = self._mover.move(self._consumer, self._is_mine)
+        error = self._mover.move(self._consumer, self._is_mine, self._positions.told)
         if error is not None and error.code() == KafkaError.FENCED_INSTANCE_ID:  # of the consumer, not of the producer
             self._positions.fence()
 
-    def _take(self, message: Message) -> None:
-        book = self._positions.books.get((message.topic() or "", message.partition() or 0))
-        if (error := message.error()) is None:
+    def _take(self, messages: Sequence[Message]) -> None:
+        books, take = self._positions.books, self._intake.take
+        for message in messages:
+            book = books.get((message.topic(), message.partition()))  # type: ignore[arg-type]
+            if (error := message.error()) is not None:
+                self._stumble(book, message, error)
+            elif book is not None:
+                take(book, message)
+
+    def _stumble(self, book: Book | None, message: Message, error: KafkaError) -> None:
+        code = error.code()
+        if code == KafkaError._PARTITION_EOF:
             if book is not None:
-                self._intake.take(book, message)
-        elif error.code() == KafkaError._PARTITION_EOF:
-            if book is not None:
-                book.reach(message.offset() or 0)
-        elif error.code() in (KafkaError._AUTO_OFFSET_RESET, KafkaError.OFFSET_OUT_OF_RANGE):
+                book.skip_to(message.offset() or 0)
+        elif code in (KafkaError._AUTO_OFFSET_RESET, KafkaError.OFFSET_OUT_OF_RANGE):
             if book is not None:
                 self._positions.reposition(self._consumer, book)
-        elif error.code() in client.GONE:
+        elif code in client.GONE:
             self._probe_at = 0.0
         else:
             self._on_error(error)
 
     def _hand_out(self) -> None:
-        ready = self._intake.ready
-        if not ready or self._draining:
+        if self._draining:
             return
+        room = self._limit - self.handed
+        if self._intake.count:  # large ones are not kept ready in great numbers
+            room -= max(0, STOCK - _STOCK_BYTES * self._intake.count // max(1, self._intake.bytes))
         batch: list[KafkaDelivery] = []
-        held: list[tuple[Book, Message]] = []
-        with self._lock:
-            while ready and self._free > 0:
-                book, message = self._intake.next()
-                offset = message.offset() or 0
-                if not self._positions.is_current(book) or offset in book.in_flight or offset not in book.undone:
-                    continue
-                if not book.written:  # a successor must be able to tell an unclean end
-                    held.append((book, message))
-                    continue
-                batch.append(self._intake.delivery(book, message))
-                self._free -= 1
-                self._landing += 1
-        for book, message in reversed(held):
-            self._intake.put_back(book, message)
+        waiting = [book for book in self._positions.books.values() if book.ready]
+        for place, book in enumerate(waiting):
+            if room > len(batch) and self._positions.may_hand_out(book):
+                share = -(-(room - len(batch)) // (len(waiting) - place))
+                self._intake.hand_out(book, share, batch)
         if batch:
+            self.handed += len(batch)
             self._desk.post(lambda: self._desk.owner.deliver(batch))
+        for book in self._positions.books.values():
+            if not book.ready:
+                book.catch_up()
 
     def _flow(self) -> None:
         """Stops fetching while far more than enough is here."""
-        full = max(len(self._intake.ready) / _AHEAD, self._intake.bytes / _AHEAD_BYTES)
+        full = max(self._intake.count / _AHEAD, self._intake.bytes / _AHEAD_BYTES)
         here = set(self._positions.books)
         self._paused &= here
         if self._draining or full >= 1:
@@ -247,11 +256,6 @@ class Reader(threading.Thread):
             self._paused.clear()
 
     # --- commands ---------------------------------------------------------------------------------------------
-
-    def finish(self, delivery: KafkaDelivery, done: Done) -> None:
-        if self._is_mine(delivery, done):
-            delivery.ledger.finish(delivery.offset)
-            self._positions.settled(delivery.ledger, done)
 
     def move(self, delivery: KafkaDelivery, outputs: Sequence[Outgoing], done: Done) -> None:
         self._mover.queue.append(moving.letters(delivery, outputs, done))
@@ -269,9 +273,10 @@ class Reader(threading.Thread):
 
     def release(self, deliveries: Sequence[KafkaDelivery]) -> None:
         for delivery in reversed(deliveries):
-            book = delivery.ledger
-            if self._positions.is_current(book) and book.in_flight.pop(delivery.offset, None) is not None:
+            if delivery.is_open and not self._draining:
                 self._intake.give_back(delivery)
+            elif delivery.is_open:
+                delivery.book.open[delivery.offset] = None
 
     def bases(self, tokens: Sequence[Sequence[Any]]) -> list[tuple[Place, History | None]]:
         """For each token the history to build on; None when it is settled, or another's."""
@@ -289,20 +294,16 @@ class Reader(threading.Thread):
 
     def drain(self) -> None:
         self._draining = True
-        self._intake.clear()
-
-    def handed(self) -> None:
-        self._positions.delivered()
+        self._intake.clear(self._positions.books.values())
 
     def healed(self) -> None:
         self._positions.healed()
         self._probe_at = 0.0
 
     def _is_mine(self, delivery: KafkaDelivery, done: Done) -> bool:
-        if self._positions.is_current(delivery.ledger) and delivery.offset in delivery.ledger.in_flight:
-            return True
-        self._desk.done(done, gone(delivery.ledger))
-        return False
+        if not delivery.is_open:
+            self._desk.done(done, gone(delivery.book))
+        return delivery.is_open
 
     # --- health -----------------------------------------------------------------------------------------------
 
@@ -331,7 +332,18 @@ class Reader(threading.Thread):
             self._desk.say(f"{', '.join(sorted(missing))} was deleted")
             self._desk.post(self._desk.owner.heal)
         else:
+            if self._desk.away:
+                self._end_transactions()
             self._desk.say(None)
+
+    def _end_transactions(self) -> None:
+        """The broker was away: see Mover.heal."""
+        self._positions.abandon_commit()
+        offsets = [moving.entry(book) for book in self._positions.books.values() if book.written]
+        try:
+            self._mover.heal(self._consumer, offsets)
+        except KafkaException as error:
+            client.log.warning("ending transactions: %s", error)
 
     def _sweep(self) -> None:
         """Deletes what is finished from the retry topic, where nothing expires."""
