@@ -12,6 +12,7 @@ OrchestratorError                 what went wrong, and what to do next
 ├── RoutingError                  an event type that nothing routes, or that the agent may not publish
 ├── DecodeError                   bytes that are no event; dead-lettered, never retried
 ├── PayloadError                  a payload that fails its model or schema; an event that has one is dead-lettered
+├── Misrouted                     an event that nobody may handle where it is; dead-lettered, never retried
 ├── HandlerLoadError              a handler that cannot be imported or called
 ├── SupervisorError               none is running, or it does not answer
 └── RequestTimeout                no reply within the time given
@@ -85,6 +86,10 @@ class PayloadError(OrchestratorError):
     mend it; what the handler was given never changes."""
 
     output = False
+
+
+class Misrouted(OrchestratorError):
+    """An event that reached a subscription whose agent must not handle it, and that nobody else will be handed."""
 
 
 class HandlerLoadError(OrchestratorError):

@@ -5,15 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 
-from orchestrator.errors import DecodeError, OrchestratorError, PayloadError, Reject
+from orchestrator.errors import DecodeError, Misrouted, OrchestratorError, PayloadError, Reject
 from orchestrator.worker.handlers import user_traceback
 from orchestrator.worker.policy import Fault
 
 _TRACEBACK = 16_000  # characters; a recursion error's is far longer
-
-
-class Misrouted(OrchestratorError):
-    """An event that reached a subscription whose agent must not handle it, and that nobody else will be handed."""
 
 
 #: Errors after which no retry can help, and the dead letter's reason for each.

@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.brokers.base import Consumer, Delivery, Ended, History, Producer, Sink
+from orchestrator.errors import Misrouted
 from orchestrator.event import AgentEvent
 from orchestrator.topology.model import Mode, Subscription, matches
 from orchestrator.wire.codecs import decode, only_type
 from orchestrator.wire.routes import Routes, getter, validator
-from orchestrator.worker.faults import Misrouted
 from orchestrator.worker.journal import subscription_code
 
 if TYPE_CHECKING:

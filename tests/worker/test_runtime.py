@@ -105,7 +105,7 @@ async def test_in_a_queue_an_event_for_another_agent_is_dead_lettered_once(tmp_p
         await t.publish("task.run", {}, target_agent="somebody")
         await t.run_until_idle()
         [letter] = t.dead_letters()
-        assert (letter.reason, letter.attempts) == ("misrouted", 1)
+        assert (letter.reason, letter.error_type, letter.attempts) == ("misrouted", "Misrouted", 1)
         assert "somebody" in letter.message
         assert t.runs("worker") == []
 
