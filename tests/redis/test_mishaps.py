@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -255,3 +256,11 @@ def test_half_a_password_is_not_repeated(tmp_path: Path) -> None:
     with pytest.raises(OrchestratorError) as caught:
         Link(broker, "test")
     assert "top" not in str(caught.value)
+
+
+def test_an_option_that_the_library_does_not_know_is_named(tmp_path: Path) -> None:
+    server: Any = type("Elsewhere", (), {"url": "redis://localhost:1"})()
+    broker = Rig(RedisDriver(server), tmp_path).topology({}).brokers["main"]
+    Link(replace(broker, client={"health_check_interval": 5}), "test")
+    with pytest.raises(OrchestratorError, match="max_conections"):
+        Link(replace(broker, client={"max_conections": 5}), "test")

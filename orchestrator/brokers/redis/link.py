@@ -174,6 +174,12 @@ class Link:
             files = {"ssl_ca_certs": tls.ca, "ssl_certfile": tls.cert, "ssl_keyfile": tls.key} if tls else {}
             self._options |= {key: value for key, value in files.items() if value}
         self._options |= broker.client
+        try:
+            self._kind(**self._options)  # connects to nothing yet
+        except TypeError as error:
+            raise OrchestratorError(
+                f"brokers.{broker.name}.client: {error}", hint="name options of redis-py's asyncio Connection"
+            ) from None
         self._shared: dict[tuple[str, int], Wire] = {}
         self._connecting = asyncio.Lock()
         self._slots: list[tuple[int, int, tuple[str, int]]] = []
