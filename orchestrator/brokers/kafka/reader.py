@@ -66,7 +66,7 @@ class Reader(threading.Thread):
             settings.handover,
             self._work,
             lambda books: self._intake.forget(books),
-            lambda offsets: self._mover.heal(self._consumer, offsets),
+            self._end_transactions,
         )
         self._intake = Intake(settings.wanted, self._positions.is_current)
         self._mover = moving.Mover(settings.transactions, settings.wanted.retry, self._desk)
@@ -333,13 +333,12 @@ class Reader(threading.Thread):
             self._desk.post(self._desk.owner.heal)
         else:
             if self._desk.away:
-                self._end_transactions()
+                self._positions.abandon_commit()
+                self._end_transactions([moving.entry(book) for book in self._positions.books.values() if book.written])
             self._desk.say(None)
 
-    def _end_transactions(self) -> None:
-        """The broker was away: see Mover.heal."""
-        self._positions.abandon_commit()
-        offsets = [moving.entry(book) for book in self._positions.books.values() if book.written]
+    def _end_transactions(self, offsets: Sequence[TopicPartition]) -> None:
+        """See Mover.heal. When it fails, as in the middle of a rebalance, the next retry or letter does it."""
         try:
             self._mover.heal(self._consumer, offsets)
         except KafkaException as error:
