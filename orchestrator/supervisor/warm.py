@@ -57,7 +57,6 @@ class Warm:
         self._topologies: dict[str, Topology] = {}
         self._pids: dict[int, int] = {}  # id -> pid
         self._ids: dict[int, int] = {}  # pid -> id
-        self._warmed_up = False
         self._buffer = b""
         self._descriptors: deque[int] = deque()
         self._wake, waker = socket.socketpair()
@@ -113,11 +112,6 @@ class Warm:
         except OrchestratorError as error:
             self._tell({"topology": key, "error": error.message, "hint": error.hint})
             return
-        if not self._warmed_up:  # now, not earlier: importing an adapter would undo a part of it
-            from orchestrator.supervisor.warming import warm_up  # with an adapter that only this process needs
-
-            warm_up()
-            self._warmed_up = True
         self._topologies[key] = topology
         gc.freeze()
         self._tell({"topology": key, "error": None, "hint": None})

@@ -157,6 +157,7 @@ class Link:
             "socket_connect_timeout": 3.0,
             "client_name": "".join(c if c.isprintable() and c != " " else "-" for c in name),
             "retry": Retry(NoBackoff(), 0),
+            "driver_info": None,  # to name its version the library would import a parser of e-mails into each worker
             "username": unquote(user) or None,
             "password": unquote(password) or None,
         }

@@ -1,4 +1,4 @@
-"""What the warm parent does before its first fork: it must leave nothing behind but shorter ways."""
+"""What workers share: the warm parent has imported all that an idle worker needs."""
 
 from __future__ import annotations
 
@@ -12,42 +12,6 @@ from pathlib import Path
 import pytest
 
 from tests.supervisor.rig import eventually
-
-_REHEARSE = """
-import asyncio, json, os, signal, socket, sys, threading
-from orchestrator.supervisor.warming import warm_up
-from orchestrator.worker.main import Worker
-
-ours, theirs = socket.socketpair()
-ours.setblocking(False)
-theirs.setblocking(False)
-signal.signal(signal.SIGUSR1, lambda *_: None)
-signal.set_wakeup_fd(theirs.fileno())
-
-def state():
-    handlers = [str(signal.getsignal(s)) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)]
-    return [sys.path.copy(), handlers, os.getcwd(), dict(os.environ), sorted(os.listdir("/proc/self/fd"))]
-
-before, code = state(), {f.__name__: id(f.__code__) for f in (Worker.serve, Worker._make_way, asyncio.run)}
-warm_up()
-after = state()
-moved = [f.__name__ for f in (Worker.serve, Worker._make_way, asyncio.run) if id(f.__code__) != code[f.__name__]]
-os.kill(os.getpid(), signal.SIGUSR1)
-print(json.dumps({
-    "changed": [pair for pair in zip(before, after) if pair[0] != pair[1]],
-    "threads": len(os.listdir("/proc/self/task")),
-    "woken": len(ours.recv(16)),
-    "moved": moved,
-}))
-"""
-
-
-def test_a_rehearsal_moves_together_what_ran_and_leaves_nothing_behind() -> None:
-    done = subprocess.run([sys.executable, "-c", _REHEARSE], capture_output=True, text=True, check=True, timeout=60)
-    assert done.stderr == ""
-    said = json.loads(done.stdout)
-    assert said == {"changed": [], "threads": 1, "woken": 1, "moved": ["serve", "run"]}
-
 
 _TOPOLOGY = """
 apiVersion: orchestrator/v1
@@ -87,7 +51,7 @@ async def handle(event, ctx): ...
 """
 
 
-@pytest.mark.parametrize("kind", ["nats", "kafka"])
+@pytest.mark.parametrize("kind", ["nats", "redis", "kafka"])
 async def test_an_idle_worker_imports_nothing_of_its_own(
     kind: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
