@@ -198,7 +198,7 @@ class Consumer(Protocol):
     async def recover(self, left: Sequence[Left]) -> None:
         """Called after open() and before the first demand(), with what a dead predecessor in this slot left behind:
         for each that is still unsettled, history = sink.on_crash(history, ended) is stored, then it is given back at
-        once. RETURNED is given back without a change of history. Unknown or settled tokens are ignored."""
+        once; of RETURNED only a mark is taken back. Unknown or settled tokens are ignored."""
 
     def keep_alive(self) -> None:
         """Extends the lease of everything delivered and unsettled. Called from another thread, about every lease/3

@@ -122,7 +122,7 @@ def after_interruption(history: History) -> Retry:
 def on_crash(history: History, ended: Ended, only_one: bool) -> History:
     """The worker died with this event unsettled. `only_one`: nothing else had started, so it is the culprit."""
     if ended is Ended.RETURNED:
-        return history
+        return replace(history, open=False)
     if ended is Ended.STARTED and not only_one:
         return replace(history, strikes=history.strikes + 1, alone=True, open=False, not_before=0.0)
     blamed = ended is Ended.BLAMED

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Protocol
 
-from orchestrator.brokers.base import Consumer, Delivery, Done, Ended, History, Left, Outgoing, Sink
+from orchestrator.brokers.base import Consumer, Delivery, Done, History, Left, Outgoing, Sink
 from orchestrator.brokers.kafka.client import KafkaProducer, require_safe
 from orchestrator.brokers.kafka.desk import settle
 from orchestrator.brokers.kafka.intake import Book, KafkaDelivery
@@ -119,12 +119,17 @@ class KafkaConsumer(Consumer):
             self._producer.send_to(output.channel.address, output, settling)
 
     def finish(self, delivery: KafkaDelivery, done: Done) -> None:
-        """The thread's next commit says so; the worker need not wait for it."""
-        if delivery.is_open:
-            delivery.book.finish(delivery.offset)
-            done(None)
-        else:
+        """The thread's next commit says so. The worker need not wait for it, unless the last one says that this event
+        was started: should a neighbour end the process before the next, it would be blamed."""
+        if not delivery.is_open:
             done(gone(delivery.book))
+            return
+        marked = delivery.book.is_marked(delivery.offset)
+        delivery.book.finish(delivery.offset)
+        if marked:
+            self._call(self._thread.confirm, delivery.book, done)
+        else:
+            done(None)
 
     def retry(self, delivery: Delivery, history: History, delay: float, done: Done) -> None:
         assert isinstance(delivery, KafkaDelivery)
@@ -143,8 +148,7 @@ class KafkaConsumer(Consumer):
         bases = await self._ask(self._thread.bases, [json.loads(one.token) for one in left])
         stored = []
         for one, (place, base) in zip(left, bases, strict=True):
-            if base is not None and one.ended is not Ended.RETURNED:
-                history = self._sink.on_crash(base, one.ended)
+            if base is not None and (history := self._sink.on_crash(base, one.ended)) != base:
                 future: asyncio.Future[None] = self._loop.create_future()
                 self._call(self._thread.remember, place, history, partial(settle, future))
                 stored.append(future)

@@ -15,7 +15,7 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any, Generic, Protocol, TypeVar
 
-from orchestrator.brokers.base import History
+from orchestrator.brokers.base import FRESH, History
 
 #: What a broker takes as metadata (offset.metadata.max.bytes is 4096).
 _ROOM = 4000
@@ -107,6 +107,10 @@ class Ledger(Generic[D]):
     def remember(self, offset: int, history: History) -> None:
         self.histories[offset] = history
         self.dirty = True
+
+    def is_marked(self, offset: int) -> bool:
+        """Whether a commit says that `offset` was started."""
+        return bool(self.histories) and self.histories.get(offset, FRESH).open
 
     def finish(self, offset: int) -> None:
         self.open.pop(offset, None)

@@ -5,9 +5,11 @@ Runs in the reader's thread, between its commits: plain and transactional commit
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from queue import Empty, SimpleQueue
 from typing import Any
 
 from confluent_kafka import Consumer as RawConsumer
@@ -23,6 +25,11 @@ from orchestrator.errors import BrokerUnavailable, PublishRejected, ResourceMiss
 
 #: How many moves share a transaction.
 _MOVES = 1000
+#: Seconds in which a step of a transaction is repeated. A producer whose broker was killed may never find its
+#: coordinator again; a new one does.
+_INSIST = 3.0
+#: Seconds after which a call with a timeout of five has forgotten it.
+_FORGOTTEN = 8.0
 
 Record = tuple[str, bytes, bytes | None, client.Headers]
 
@@ -44,18 +51,22 @@ class Mover:
         self._after = 0.0
         self._producer: RawProducer | None = None
         self._touched: dict[tuple[str, int], None] = {}  # where the last transaction has written
+        self._doubtful: list[Move] = []  # of a transaction that may have been committed
 
     @property
     def due(self) -> bool:
-        return bool(self.queue) and time.monotonic() >= self._after
+        return bool(self.queue or self._doubtful) and time.monotonic() >= self._after
+
+    @property
+    def in_doubt(self) -> bool:
+        """Whether the group's offsets are to tell what has become of a transaction: nothing may be committed then."""
+        return bool(self._doubtful)
 
     def ready(self) -> RawProducer:
         """Our transactional producer; making it ends what a predecessor of the same name left open."""
         if self._producer is None:
             producer = RawProducer(client.for_producer(self._config))
-            producer.list_topics(
-                self._retry, timeout=5
-            )  # without a connection it would look for its coordinator twice a second
+            producer.list_topics(self._retry, timeout=5)  # unconnected it looks for its coordinator twice a second
             self._insist(lambda: producer.init_transactions(5))
             self._producer = producer
         return self._producer
@@ -68,6 +79,11 @@ class Mover:
     ) -> KafkaError | None:
         """Moves what is queued and still ours; what fails for now stays queued. Returns why it did. `told` gets what
         was committed."""
+        try:
+            self._clear_up(consumer, is_mine, told)
+        except KafkaException as error:
+            self._after = time.monotonic() + 0.5
+            return client.error_of(error)
         moves, self.queue = self.queue[:_MOVES], self.queue[_MOVES:]
         moves = [move for move in moves if is_mine(move.delivery, move.done)]
         if not moves:
@@ -76,6 +92,7 @@ class Mover:
         for move in moves:
             book = move.delivery.book
             touched.setdefault(id(book), (book, set()))[1].add(move.delivery.offset)
+        deciding = False
         try:
             producer = self.ready()
             producer.begin_transaction()
@@ -83,16 +100,51 @@ class Mover:
             for move in moves:
                 self._write(producer, move)
             offsets = [entry(book, without=gone) for book, gone in touched.values()]
-            members = consumer.consumer_group_metadata()
-            self._insist(lambda: producer.send_offsets_to_transaction(offsets, members, 5))
+            self._add_offsets(producer, consumer, offsets)
+            deciding = True
             self._insist(lambda: producer.commit_transaction(5))
         except KafkaException as error:
-            return self._undo(moves, client.error_of(error))
+            found = client.error_of(error)
+            if deciding and not (found is not None and found.txn_requires_abort()):
+                self._producer, self._doubtful = None, moves
+                return found
+            return self._undo(moves, found)
         told(offsets)
         for move in moves:
             move.delivery.book.finish(move.delivery.offset)
             self._desk.done(move.done)
         return None
+
+    def _clear_up(
+        self,
+        consumer: RawConsumer,
+        is_mine: Callable[[KafkaDelivery, Done], bool],
+        told: Callable[[Sequence[TopicPartition]], None],
+    ) -> None:
+        """A commit was never answered. A new producer of our name ends its transaction one way or the other, and the
+        group's offsets say which. Raises KafkaException when nobody answers now either."""
+        self._doubtful = [move for move in self._doubtful if is_mine(move.delivery, move.done)]
+        if not self._doubtful:
+            return
+        self.ready()
+        places = {(move.delivery.book.topic, move.delivery.book.number) for move in self._doubtful}
+        found = consumer.committed([TopicPartition(*place) for place in places], timeout=5)
+        for tp in found:
+            if tp.error is not None:
+                raise KafkaException(tp.error)
+        said = {
+            (tp.topic, tp.partition): Book(tp.topic, tp.partition, tp.offset, tp.metadata or "", owner="")
+            for tp in found
+        }
+        told(found)
+        for move in self._doubtful:
+            book, offset = move.delivery.book, move.delivery.offset
+            if said[book.topic, book.number].is_open(offset):
+                self.queue.append(move)
+            else:
+                book.finish(offset)
+                self._desk.done(move.done)
+        self._doubtful = []
 
     def heal(self, consumer: RawConsumer, offsets: Sequence[TopicPartition]) -> None:
         """A broker that is killed after it decided a transaction may forget its markers when it starts again (seen with
@@ -106,8 +158,7 @@ class Mover:
             for topic, number in places:
                 producer.produce(topic, partition=number, headers=[(client.NOTHING, b"")])
             if offsets:
-                members = consumer.consumer_group_metadata()
-                self._insist(lambda: producer.send_offsets_to_transaction(list(offsets), members, 5))
+                self._add_offsets(producer, consumer, offsets)
             self._insist(lambda: producer.commit_transaction(5))
         except KafkaException as error:
             self._undo((), client.error_of(error))
@@ -115,9 +166,10 @@ class Mover:
         self._touched.clear()
 
     def close(self) -> None:
-        for move in self.queue:
+        for move in (*self.queue, *self._doubtful):
             self._desk.done(move.done, BrokerUnavailable("the consumer is closed"))
         self.queue.clear()
+        self._doubtful.clear()
 
     def _write(self, producer: RawProducer, move: Move) -> None:
         def report(error: KafkaError | None, message: Message) -> None:
@@ -129,25 +181,54 @@ class Mover:
         for topic, body, key, headers in move.records:
             producer.produce(topic, body, key, headers=headers, on_delivery=report)
 
+    def _add_offsets(self, producer: RawProducer, consumer: RawConsumer, offsets: Sequence[TopicPartition]) -> None:
+        """Adds `offsets` to the open transaction. The client may forget its timeout for good when a coordinator was
+        away (librdkafka issue 5456), so this is done in a thread: it can be left behind, and the producer with it."""
+        members = consumer.consumer_group_metadata()
+
+        def add() -> None:
+            ended: SimpleQueue[KafkaException | None] = SimpleQueue()
+
+            def run() -> None:
+                try:
+                    producer.send_offsets_to_transaction(list(offsets), members, 5)
+                except KafkaException as error:
+                    ended.put(error)
+                else:
+                    ended.put(None)
+
+            threading.Thread(target=run, name="kafka-transaction", daemon=True).start()
+            try:
+                error = ended.get(timeout=_FORGOTTEN)
+            except Empty:
+                self._producer = None
+                error = KafkaException(KafkaError(KafkaError._TIMED_OUT, "a transaction was given up"))
+            if error is not None:
+                raise error
+
+        self._insist(add)
+
     def _insist(self, call: Callable[[], object]) -> None:
         """Repeats a step of a transaction while its outcome is unknown."""
+        until = time.monotonic() + _INSIST
         while True:
             try:
                 call()
                 return
             except KafkaException as error:
                 found = client.error_of(error)
-                if found is None or not found.retriable() or self._desk.stopping:
+                if found is None or not found.retriable() or self._desk.stopping or time.monotonic() > until:
                     raise
                 self._desk.say(f"not connected ({found.str()})")
                 self._desk.flush()
+                time.sleep(0.05)
 
     def _undo(self, moves: Sequence[Move], error: KafkaError | None) -> KafkaError | None:
         """Aborts. What the broker refused is reported; the rest is tried again while its partition is still ours."""
         producer = self._producer
         if producer is not None:
-            if error is None or error.fatal():
-                self._producer = None
+            if error is None or error.fatal() or error.retriable():
+                self._producer = None  # the next one begins by aborting what this one has open
             else:
                 try:
                     self._insist(lambda: producer.abort_transaction(5))

@@ -25,6 +25,8 @@ from orchestrator.errors import BrokerUnavailable
 _PACE, _LAZY = 0.005, 0.05
 #: So long events go on being settled while no commit gets through.
 _PATIENCE = 5.0
+#: After so long without a report a commit is made again: a broker that was killed may have taken it with it.
+_SILENCE = 3.0
 #: Seconds in which offsets become stable, usually; and after which no transaction can be open any more: its timeout and
 #: the interval in which brokers look for such.
 _STABLE, _ABORTED = 3.0, 20.0
@@ -45,12 +47,12 @@ class Positions:
         self.committing: list[tuple[Book, Done]] | None = None
         self.missing: set[str] = set()  # topics that were deleted
         self.fenced = False
+        self.held = False  # what is committed now is to tell how a transaction ended: nothing may be added
         self._desk, self._config, self._owner, self._handover = desk, config, owner, handover
         # The reader: run commands and moves; forget the records of these; end transactions that a broker left open.
         self._work, self._forget, self._heal = work, forget, heal
         self._settled: list[tuple[Book, Done]] = []
         self._after = 0.0
-        self._stale = 0  # commits whose report no longer matters
         self._committed_at = 0.0
         self._owed = 0.0  # since when something is committed without success; 0 for nothing
         self._told: tuple[list[tuple[Book, int]], list[TopicPartition]] = [], []  # what the commit under way says
@@ -75,7 +77,9 @@ class Positions:
         """One commit at a time, of every partition that changed; what was settled meanwhile rides with the next. At
         once when somebody waits for it, else a few milliseconds after the one before."""
         now = time.monotonic()
-        if self.committing is not None or now < self._after:
+        if self.committing is not None and now - self._committed_at > _SILENCE:
+            self.abandon_commit()
+        if self.held or self.committing is not None or now < self._after:
             return
         dirty = [book for book in self.books.values() if book.dirty]
         if self._settled and not dirty:
@@ -99,9 +103,8 @@ class Positions:
             self._refused(dirty)
 
     def on_commit(self, error: KafkaError | None, partitions: Sequence[TopicPartition]) -> None:
-        if self._stale:
-            self._stale -= 1
-            return
+        if self.committing is None or _said(partitions) != _said(self._told[1]):
+            return  # of a commit that was given up
         if error is not None or any(tp.error is not None for tp in partitions):
             codes = {tp.error.code() for tp in partitions if tp.error is not None} | {error.code() if error else 0}
             self._refused(self._books(partitions))
@@ -271,15 +274,16 @@ class Positions:
         self.drop(going)
 
     def abandon_commit(self) -> None:
-        """The commit under way is made again, with what changed since; its report is ignored."""
+        """The commit under way is made again, with what changed since; its report may still come."""
         if self.committing is not None:
-            self._stale += 1
             self._refused(self._books([TopicPartition(*key) for key in self.books]))
             self._after = 0.0
 
     def _commit_now(self, consumer: RawConsumer, going: Sequence[Book] = ()) -> None:
         """Commits and waits for it, inside a callback, where nobody polls for a report."""
         books = [book for book in self.books.values() if book.dirty or book in going]
+        if self.held:
+            return
         if books and not self.fenced:
             edges = [(book, book.edge) for book in books]
             for book in books:
@@ -327,7 +331,12 @@ class Positions:
 
     def reset(self) -> None:
         """A new client begins."""
-        self.fenced, self.committing, self._stale, self._owed = False, None, 0, 0.0
+        self.fenced, self.committing, self._owed = False, None, 0.0
+
+
+def _said(partitions: Sequence[TopicPartition]) -> set[tuple[str, int, int, str | None]]:
+    """What a commit says; its report repeats it. Two that say the same stand for one another."""
+    return {(tp.topic, tp.partition, tp.offset, tp.metadata) for tp in partitions}
 
 
 def gone(book: Book) -> BrokerUnavailable:

@@ -197,6 +197,7 @@ class Reader(threading.Thread):
 
     def _move(self) -> None:
         error = self._mover.move(self._consumer, self._is_mine, self._positions.told)
+        self._positions.held = self._mover.in_doubt
         if error is not None and error.code() == KafkaError.FENCED_INSTANCE_ID:  # of the consumer, not of the producer
             self._positions.fence()
 
@@ -262,6 +263,13 @@ class Reader(threading.Thread):
 
     def postpone(self, delivery: KafkaDelivery, history: History, delay: float, done: Done) -> None:
         self._mover.queue.append(moving.postponed(self._set.wanted.retry, delivery, history, delay, done))
+
+    def confirm(self, book: Book, done: Done) -> None:
+        """`done` when what was finished is committed."""
+        if self._positions.is_current(book):
+            self._positions.settled(book, done)
+        else:
+            self._desk.done(done, gone(book))
 
     def remember(self, place: Place, history: History, done: Done) -> None:
         book = self._positions.books.get(place[:2])

@@ -107,10 +107,8 @@ class MemoryConsumer(Consumer):
             pending = group.pending.get(place)
             if pending is None or pending.holder is None or str(pending.turn) != turn:
                 continue
-            if one.ended is Ended.RETURNED:
-                pending.unaccounted = True
-            else:
-                self._store(pending, self._sink.on_crash(pending.history, one.ended))
+            self._store(pending, self._sink.on_crash(pending.history, one.ended))
+            pending.unaccounted = one.ended is Ended.RETURNED
             self._give_back(group, pending)
 
     def keep_alive(self) -> None:

@@ -16,7 +16,7 @@ import asyncio
 import time
 from collections.abc import Sequence
 
-from orchestrator.brokers.base import FRESH, Delivery, Done, Ended, History, Left, Outgoing, Sink
+from orchestrator.brokers.base import FRESH, Delivery, Done, History, Left, Outgoing, Sink
 from orchestrator.brokers.nats.client import headers_of, public_headers
 from orchestrator.brokers.nats.producer import SUBJECT, head
 from orchestrator.brokers.nats.resources import LATER_CHANNEL, LATER_ID, LATER_SUBJECT, REDRIVEN_TYPE
@@ -333,8 +333,7 @@ class NatsConsumer(Vigil):
         raw = await self._link.message(self._state, {"last_by_subj": self._subject(ghost)})
         record = Record.decode(raw.body) if raw is not None else None
         history = record.history if record is not None and record.stamp == ghost.stamp else FRESH
-        if left.ended is not Ended.RETURNED:
-            history = self._sink.on_crash(history, left.ended)
+        history = self._sink.on_crash(history, left.ended)
         record = Record(history, ghost.count, ghost.stamp, ghost.reply)
         await self._connection.producer().store(self._subject(ghost), b"", record.encode(), self._state)
         self._nak(left.token, 0)

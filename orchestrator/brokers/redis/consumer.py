@@ -348,10 +348,9 @@ class RedisConsumer(Consumer):
             self._take_at = 0.0
 
     async def _recover_one(self, source: Source, entry: bytes, owner: str, ended: Ended, kept: bytes) -> None:
-        text = b""
-        if ended is not Ended.RETURNED:
-            text = self._sink.on_crash(_history(entry, kept), ended).encode()
-        await self._held.put_back(source, entry, owner, text, 0)
+        before = _history(entry, kept)
+        after = self._sink.on_crash(before, ended)
+        await self._held.put_back(source, entry, owner, after.encode() if after != before else b"", 0)
 
     # --- the end ----------------------------------------------------------------------------------------------
 
