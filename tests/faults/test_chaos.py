@@ -22,11 +22,15 @@ async def chaos(server: Server, folder: Path, *, events: int, worker_kills: int,
     return outcome
 
 
-@pytest.mark.parametrize("server", ["nats", "redis"], indirect=True)
-async def test_nothing_is_lost_while_workers_and_broker_are_killed(server: Server, tmp_path: Path) -> None:
+#: Kafka's takes longer at times: its client has to be given up when it forgets a timeout (brokers/kafka/moving.py).
+BACK = {"nats": 10.0, "redis": 10.0, "kafka": 30.0}
+
+
+@pytest.mark.parametrize(("server", "back"), BACK.items(), indirect=["server"])
+async def test_nothing_is_lost_while_workers_and_broker_are_killed(server: Server, back: float, tmp_path: Path) -> None:
     outcome = await chaos(server, tmp_path / "run", events=1_000, worker_kills=4, broker_kills=2)
     assert outcome.worker_kills == 4
-    assert max(outcome.back_after_s) < 10
+    assert max(outcome.back_after_s) < back
 
 
 @pytest.mark.soak
