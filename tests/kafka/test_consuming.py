@@ -52,6 +52,20 @@ async def test_the_watermark_is_contiguous_and_what_is_done_above_it_is_in_the_m
         await eventually(lambda: stands(lab, 4, 0, 0), what="a commit of all")
 
 
+async def test_a_marked_event_is_done_when_no_commit_says_any_more_that_it_was_started(rig: Rig) -> None:
+    """A neighbour that ends the process in between would have it blamed."""
+    async with rig.lab() as lab:
+        await lab.publish_many(1)
+        reader = await lab.reader(free=1)
+        (delivery,) = await reader.take(1)
+        await reader.mark(delivery, History(open=True))
+        before = (await commits(lab, lab.channel("tasks").address))[0]
+        assert '"open":true' in (before.metadata or "")
+        await reader.settle(delivery)
+        after = (await commits(lab, lab.channel("tasks").address))[0]
+        assert (after.offset, "open" in (after.metadata or "")) == (1, False)
+
+
 async def test_the_successor_of_a_killed_worker_skips_what_was_done(rig: Rig) -> None:
     async with rig.lab() as lab:
         sent = await lab.publish_many(5)

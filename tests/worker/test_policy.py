@@ -90,6 +90,13 @@ def test_what_a_crash_does_to_a_history(ended: Ended, only_one: bool, attempts: 
     assert (after.attempts, after.strikes, after.alone) == (attempts, strikes, alone)
 
 
+def test_a_marked_run_whose_handler_had_returned_is_no_crash() -> None:
+    marked = History(strikes=1, alone=True, open=True)
+    returned = on_crash(marked, Ended.RETURNED, only_one=True)
+    assert returned == replace(marked, open=False)
+    assert before_run(returned, False, POLICY, NOW) == Run(alone=True)
+
+
 def test_a_process_killer_runs_max_attempts_times_and_its_neighbours_are_cleared() -> None:
     killer = neighbour = on_crash(FRESH, Ended.STARTED, only_one=False)
     runs = 1
