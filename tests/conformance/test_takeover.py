@@ -160,14 +160,22 @@ async def test_a_successor_stores_what_the_crash_means_and_gives_it_back_at_once
         assert (again.body, replace(again.history, not_before=0.0)) == (sent.body, STRUCK)
 
 
-async def test_what_had_returned_is_given_back_with_its_history_unchanged(rig: Rig) -> None:
+async def test_what_had_returned_is_given_back_as_the_policy_says(rig: Rig) -> None:
+    """Which takes nothing but a mark away."""
+    asked = []
+
+    def on_crash(history: History, how: Ended) -> History:
+        asked.append((history, how))
+        return history
+
     async with rig.lab() as lab:
         sent = await lab.publish()
         victim = await lab.victim(slot="worker.0")
         (held,) = await victim.take()
         await victim.kill()
-        successor = await lab.reader(slot="worker.0")
+        successor = await lab.reader(slot="worker.0", on_crash=on_crash)
         await successor.consumer.recover([Left(held.token, Ended.RETURNED)])
+        assert asked == [(FRESH, Ended.RETURNED)]
         successor.demand(1)
         again = await successor.take_one(within=min(10, rig.capabilities.lease))
         assert (again.body, again.history) == (sent.body, FRESH)
@@ -207,13 +215,17 @@ async def test_settled_and_unknown_tokens_are_ignored(rig: Rig) -> None:
         assert (await successor.take_one()).body == last.body
 
 
+def _strike(history: History, how: Ended) -> History:
+    return history if how is Ended.RETURNED else STRUCK
+
+
 async def test_several_left_behind_are_each_given_back(rig: Rig) -> None:
     async with rig.lab() as lab:
         sent = await lab.publish_many(4)
         victim = await lab.victim(slot="worker.0", free=4)
         held = await victim.take(4)
         await victim.kill()
-        successor = await lab.reader(slot="worker.0", on_crash=lambda history, how: STRUCK)
+        successor = await lab.reader(slot="worker.0", on_crash=_strike)
         left = [Left(one.token, Ended.STARTED) for one in held[:2]]
         left += [Left(one.token, Ended.RETURNED) for one in held[2:]]
         await successor.consumer.recover(left)

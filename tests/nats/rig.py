@@ -66,6 +66,8 @@ class Recorder:
 
     def on_crash(self, history: History, ended: Ended) -> History:
         self.crashes.append((history, ended))
+        if ended is Ended.RETURNED:
+            return history
         return replace(history, attempts=history.attempts + 1, error="crashed")
 
     async def take(self, count: int = 1, seconds: float = 10.0) -> list[Delivery]:

@@ -152,7 +152,7 @@ async def test_successor_takes_over_what_a_dead_worker_left(nats_server: NatsSer
         heir.demand(8)
         by_position = {d.position: d for d in await found.take(2)}
         assert time.monotonic() - began < 2
-        assert found.crashes == [(History(), Ended.STARTED)]
+        assert found.crashes == [(History(), Ended.STARTED), (History(), Ended.RETURNED)]
         assert by_position[first.position].history == History(attempts=1, error="crashed")
         assert by_position[second.position].history == History()
         assert not any(d.redelivered for d in by_position.values())
