@@ -83,9 +83,11 @@ async def test_a_frozen_server_bounds_what_waits_and_nothing_is_lost(tmp_path: P
                 await until(lambda: handed_over(tmp_path) > 2 * UNCONFIRMED)
                 server.restart(kill=True)
             await worker.said("status", timeout=60, handled=EVENTS)
+            async with asyncio.timeout(60):  # a killed server forgets the last acknowledgements: those events run again
+                while await stage.backlog():
+                    await asyncio.sleep(0.1)
             said = [(e["n"], e["i"]) for e in map(payload, await stage.stored("results"))]
             assert len(said) == EVENTS * OUTPUTS
             assert len(set(said)) == len(said)
-            assert await stage.backlog() == 0
     finally:
         server.close()
