@@ -6,6 +6,7 @@ import asyncio
 import time
 from dataclasses import replace
 from datetime import UTC, datetime
+from typing import Any
 
 import pytest
 
@@ -77,6 +78,24 @@ async def test_follow_sees_what_comes_though_it_is_settled_at_once(
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
         await consumer.close()
+
+
+@pytest.mark.parametrize("ask", ["request", "_page"])
+async def test_cancelling_in_the_moment_of_the_answer_is_not_forgotten(nats_server: NatsServer, ask: str) -> None:
+    async with rig(nats_server.url) as made:
+        link = made.connection.link
+        call = link.request(f"{link.api_root}INFO") if ask == "request" else link._page("KV_x", 1, ">")
+        task = asyncio.create_task(call)  # type: ignore[arg-type]
+        heard = link._on_reply
+
+        def answered(*message: Any) -> None:
+            heard(*message)
+            task.cancel()
+
+        (sid,) = [sid for sid, receive in link.client.direct.items() if receive == heard]
+        link.client.direct[sid] = answered
+        await asyncio.wait([task], timeout=10)
+        assert task.cancelled()
 
 
 async def test_remove_deletes_single_events_and_counts_them(nats_server: NatsServer) -> None:

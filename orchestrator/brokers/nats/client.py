@@ -174,7 +174,8 @@ class Link:
                 answer.set_result((header, data))
 
         with self._asking(subject, body, receive):
-            return await asyncio.wait_for(answer, timeout)
+            async with asyncio.timeout(timeout):  # (wait_for forgets a cancellation that comes with the answer)
+                return await answer
 
     async def api(self, verb: str, body: Json | None = None) -> Json:
         """One call of the JetStream API. Raises ResourceMissing, ApiError or BrokerUnavailable."""
@@ -248,7 +249,8 @@ class Link:
 
         ask = json.dumps({"seq": start, "next_by_subj": subject, "batch": 256, "max_bytes": 4 << 20}).encode()
         with self._asking(f"{self.api_root}DIRECT.GET.{stream}", ask, receive):
-            return found if await asyncio.wait_for(end, 5.0) else None
+            async with asyncio.timeout(5.0):
+                return found if await end else None
 
     def unavailable(self) -> BrokerUnavailable:
         why = f": {self.closed_reason}" if self.closed_reason else ""
@@ -283,7 +285,8 @@ class Link:
         while True:
             await asyncio.sleep(0.5)
             try:
-                await asyncio.wait_for(self.client.reopen(options), 5.0)
+                async with asyncio.timeout(5.0):
+                    await self.client.reopen(options)
             except (nats.errors.Error, OSError, TimeoutError) as error:
                 self.closed_reason = str(error) or self.closed_reason
                 continue
@@ -349,7 +352,8 @@ async def open_link(broker: Broker, url: str, *, name: str, patience: float, roo
         **raw,
     }
     try:
-        await asyncio.wait_for(client.connect(**options), patience)
+        async with asyncio.timeout(patience):
+            await client.connect(**options)
     except (nats.errors.Error, OSError, TimeoutError, ValueError) as error:
         await client.close()
         cause = failures[0] if failures and (isinstance(error, TimeoutError) or _unauthorized(failures[0])) else error

@@ -277,7 +277,8 @@ class NatsProducer:
         if self._open and self._link.connected:
             self._emptied = asyncio.Event()
             try:
-                await asyncio.wait_for(self._emptied.wait(), 3.0)
+                async with asyncio.timeout(3.0):
+                    await self._emptied.wait()
             except TimeoutError:
                 pass  # reported below
         self._closed = True
