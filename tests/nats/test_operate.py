@@ -12,7 +12,7 @@ import pytest
 
 from orchestrator.brokers.base import History, Stored
 from orchestrator.brokers.embedded.server import binary
-from orchestrator.errors import RefusedError
+from orchestrator.errors import RefusedError, ResourceMissing
 from tests.nats.rig import finished, rig, topology, until
 from tests.servers.nats import NatsServer
 
@@ -144,6 +144,13 @@ async def test_seek_replays_a_log(nats_server: NatsServer) -> None:
             await consumer.close()
         with pytest.raises(RefusedError, match="queue"):
             await made.connection.seek(made.subscription("research"), "earliest")
+
+
+async def test_seek_without_a_subscription_says_which_and_what_to_do(nats_server: NatsServer) -> None:
+    async with rig(nats_server.url, apply=False) as made:
+        with pytest.raises(ResourceMissing, match="agent audit has no subscription to channel events") as caught:
+            await made.connection.seek(made.subscription("audit"), "earliest")
+        assert "orchestrator apply" in str(caught.value.hint)
 
 
 async def test_facts_and_cluster_id(nats_server: NatsServer) -> None:

@@ -187,7 +187,8 @@ class Link:
         if (error := result.get("error")) is not None:
             code, text = int(error.get("err_code", 0)), str(error.get("description", "refused"))
             if code in _NOT_FOUND:
-                raise ResourceMissing(f"{verb.rpartition('.')[2] or verb}: {text}", hint="run `orchestrator apply`")
+                kind, _, *names = verb.split(".")
+                raise ResourceMissing(f"{kind.lower()} {'/'.join(names)}: {text}", hint="run `orchestrator apply`")
             raise ApiError(verb, code, text)
         return result
 

@@ -28,7 +28,6 @@ from orchestrator.brokers.base import (
     Stored,
     Verdict,
 )
-from orchestrator.brokers.embedded import server
 from orchestrator.brokers.nats import resources
 from orchestrator.brokers.nats.client import ApiError, Link, Raw, open_link, public_headers, when
 from orchestrator.brokers.nats.consumer import NatsConsumer
@@ -284,9 +283,13 @@ class NatsConnection:
                 f"channel {channel.name} is a queue: what was handled is gone", hint="replay needs `mode: log`"
             )
         wanted = self.wanted["/".join(self.place(subscription))]
-        for one in await self.resources.observe([wanted]):
-            if one.id == wanted.id:
-                await self.resources.delete(one)
+        there = next((o for o in await self.resources.observe([wanted]) if o.id == wanted.id), None)
+        if there is None:
+            raise ResourceMissing(
+                f"agent {subscription.agent} has no subscription to channel {channel.name} yet ({wanted.id})",
+                hint="run `orchestrator apply`, which makes it, and then replay",
+            )
+        await self.resources.delete(there)
         await self.resources.create(
             replace(wanted, settings={**wanted.settings, "deliver_policy": start_policy(start)})
         )
@@ -428,7 +431,11 @@ class NatsAdapter:
         return resources.judge(kind, setting, old, new, observed)
 
     async def connect(self, topology: Topology, broker: Broker, *, name: str, patience: float = 5.0) -> NatsConnection:
-        url = server.running_url(topology.state_dir) if broker.embedded else broker.url
+        url = broker.url
+        if broker.embedded:
+            from orchestrator.brokers.embedded import server  # psutil: 1.2 MiB that others need not have
+
+            url = server.running_url(topology.state_dir)
         link = await open_link(broker, url, name=name, patience=patience, root=topology.root)
         return NatsConnection(link, topology, broker, url)
 

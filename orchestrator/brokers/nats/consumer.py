@@ -92,6 +92,8 @@ class NatsConsumer(Vigil):
             parked, self._parked = self._parked, []
             self._hand_out(parked)
         room = self._free - self._looking
+        if not self._free and self._main.requested:
+            self._main.restart()  # what came now would wait, or die with an event that runs alone
         if room > 0:
             self._main.pull(room)
             if self._ringing:
@@ -316,27 +318,34 @@ class NatsConsumer(Vigil):
         self._nak(delivery.reply, delay)
 
     async def recover(self, left: Sequence[Left]) -> None:
-        await asyncio.gather(*(self._recover_one(one) for one in left))
-
-    async def _recover_one(self, left: Left) -> None:
+        """All is read before anything is stored: when the broker does not answer, another try finds nothing counted."""
         assert self._sink is not None
-        parts = left.token.split(b".")
-        if not left.token.startswith(b"$JS.ACK.") or len(parts) < 9:
-            return
+        found = await asyncio.gather(*(self._unsettled_one(one.token) for one in left))
+        records = {}
+        for one, known in zip(left, found, strict=True):
+            if known is not None:
+                ghost, history = known
+                records[ghost] = Record(self._sink.on_crash(history, one.ended), ghost.count, ghost.stamp, ghost.reply)
+        store = self._connection.producer().store
+        await asyncio.gather(*(store(self._subject(g), b"", r.encode(), self._state) for g, r in records.items()))
+        for ghost in records:
+            self._nak(ghost.reply, 0)
+
+    async def _unsettled_one(self, token: bytes) -> tuple[NatsDelivery, History] | None:
+        """What a dead worker's token stands for, unless that is settled or unknown."""
+        parts = token.split(b".")
+        if not token.startswith(b"$JS.ACK.") or len(parts) < 9:
+            return None
         stream = parts[2 if len(parts) == 9 else 4].decode()
         lane = next((lane for lane in (self._main, self._redrive) if lane.stream == stream), None)
         if lane is None:
-            return
-        ghost = NatsDelivery(lane, self._channel.name, 0, b"", left.token, None, b"")
+            return None
+        ghost = NatsDelivery(lane, self._channel.name, 0, b"", token, None, b"")
         if await self._is_settled(ghost):
-            return
+            return None
         raw = await self._link.message(self._state, {"last_by_subj": self._subject(ghost)})
         record = Record.decode(raw.body) if raw is not None else None
-        history = record.history if record is not None and record.stamp == ghost.stamp else FRESH
-        history = self._sink.on_crash(history, left.ended)
-        record = Record(history, ghost.count, ghost.stamp, ghost.reply)
-        await self._connection.producer().store(self._subject(ghost), b"", record.encode(), self._state)
-        self._nak(left.token, 0)
+        return ghost, record.history if record is not None and record.stamp == ghost.stamp else FRESH
 
     async def _is_settled(self, ghost: NatsDelivery) -> bool:
         """In a queue what is settled is gone; in a log what lies below the acknowledged floor is. Another event may
