@@ -109,6 +109,8 @@ class Warm:
             topology = restore(dump.encode())
             for broker in topology.brokers.values():
                 registry.adapter(broker.kind)
+                if broker.embedded:
+                    importlib.import_module("orchestrator.brokers.embedded.server")  # how workers find it
         except OrchestratorError as error:
             self._tell({"topology": key, "error": error.message, "hint": error.hint})
             return
@@ -126,6 +128,7 @@ class Warm:
         )
         pid = os.fork()
         if pid == 0:
+            self._tell({"spawned": message["id"], "pid": os.getpid()})  # so its pid is known before it is ready
             self._close()
             if message["rehearsal"]:
                 become(spec, control, log, rehearse)
@@ -133,7 +136,6 @@ class Warm:
         os.close(control)
         os.close(log)
         self._pids[message["id"]], self._ids[pid] = pid, message["id"]
-        self._tell({"spawned": message["id"], "pid": pid})
 
     def _holding(self, spec: WorkerSpec, control: socket.socket) -> int:
         hold_slot(spec.run_dir, spec.agent, spec.slot)
