@@ -102,6 +102,7 @@ async def test_an_apply_that_was_killed_after_making_a_topic_finds_its_own(
         with pytest.raises(KeyboardInterrupt):
             await connection.create(desired[0])
         monkeypatch.undo()
+        await resources._appeared(desired[0].id.name)  # the killed one did not wait for this
         (observed,) = [o for o in await connection.observe(desired) if o.id == desired[0].id]
         assert observed.owner == topology.name
         await connection.create(desired[0])
@@ -120,6 +121,7 @@ async def test_a_topic_that_was_made_anew_by_others_is_not_ours(kafka_server: Ka
         await outside.run("delete_topics", [name], what="deleting")
         await eventually(lambda: gone(connection, desired[0]), what="the topic's end")
         await outside.run("create_topics", [admin_api.NewTopic(name, 1, 1)], what="theirs")
+        await outside._appeared(name)
         (observed,) = [o for o in await connection.observe(desired) if o.id == desired[0].id]
         assert observed.owner is None
         with pytest.raises(RefusedError):

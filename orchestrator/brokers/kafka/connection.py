@@ -31,10 +31,9 @@ from orchestrator.brokers.kafka import client
 from orchestrator.brokers.kafka import consumer as consuming
 from orchestrator.brokers.kafka.client import KafkaProducer
 from orchestrator.brokers.kafka.consumer import KafkaConsumer
-from orchestrator.brokers.kafka.desk import settle
+from orchestrator.brokers.kafka.desk import Settings, settle
 from orchestrator.brokers.kafka.intake import Filter
 from orchestrator.brokers.kafka.ledger import backlog
-from orchestrator.brokers.kafka.reader import Settings
 from orchestrator.brokers.kafka.registry import Registry
 from orchestrator.brokers.kafka.resources import Resources
 from orchestrator.errors import BrokerError, ResourceMissing
@@ -112,6 +111,7 @@ class KafkaConnection(Connection):
     def consumer(self, subscription: Subscription, *, slot: str) -> KafkaConsumer:
         channel = self._topology.channels[subscription.channel]
         agent = self._topology.agents[subscription.agent]
+        letters = self._topology.channels[agent.dead_letter] if agent.dead_letter else None
         # The host is part of the name: the same slot of the same topology may run on several.
         owner = f"{self._topology.name}.{slot}.{subscription.channel}@{socket.gethostname()}"
         timeout = agent.timeout + 20
@@ -145,6 +145,8 @@ class KafkaConnection(Connection):
                 channel.dedup_window,
             ),
             handover=timeout,
+            letters=(letters.address,) if letters is not None and letters.broker == self._broker.name else (),
+            nowhere=client.registry_topic(self._broker),
         )
         consumer = KafkaConsumer(settings, self, subscription)
         self._consumers.append(consumer)

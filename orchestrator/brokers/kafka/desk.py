@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from confluent_kafka import KafkaException
@@ -11,7 +12,22 @@ from confluent_kafka import KafkaException
 from orchestrator.brokers.base import Done
 
 if TYPE_CHECKING:
-    from orchestrator.brokers.kafka.intake import Book, KafkaDelivery
+    from orchestrator.brokers.kafka.intake import Book, Filter, KafkaDelivery
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What a reader needs to know; made by the connection."""
+
+    consumer: Mapping[str, Any]
+    transactions: Mapping[str, Any]
+    topic: str
+    group: str
+    owner: str
+    wanted: Filter
+    handover: float  # how long a partition that must go waits for the handlers running on it
+    letters: tuple[str, ...]  # topics of its dead letters
+    nowhere: str  # a topic that no group reads: its positions say nothing
 
 
 class Owner(Protocol):

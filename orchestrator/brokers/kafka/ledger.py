@@ -57,7 +57,8 @@ class Ledger(Generic[D]):
         self.dirty = True
         self._before = committed + kept.get("edge", 0)
         self._holes = {committed + offset for offset in _spread(kept.get("holes", ()))}
-        self._suspect_below = 0 if kept.get("clean", not metadata) else self._before + SUSPECT
+        self.unclean = not kept.get("clean", not metadata)
+        self._suspect_below = self._before + SUSPECT if self.unclean else 0
 
     def see(self, offset: int) -> bool:
         """Whether the record at `offset` is new to us and not finished by a predecessor."""

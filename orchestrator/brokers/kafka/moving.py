@@ -7,19 +7,26 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Any
 
 from confluent_kafka import Consumer as RawConsumer
-from confluent_kafka import KafkaError, KafkaException, Message, TopicPartition
+from confluent_kafka import (
+    ConsumerGroupTopicPartitions,
+    IsolationLevel,
+    KafkaError,
+    KafkaException,
+    Message,
+    TopicPartition,
+)
 from confluent_kafka import Producer as RawProducer
 
 from orchestrator import clock
 from orchestrator.brokers.base import Done, History, Outgoing
 from orchestrator.brokers.kafka import client
-from orchestrator.brokers.kafka.desk import Desk
+from orchestrator.brokers.kafka.desk import Desk, Settings
 from orchestrator.brokers.kafka.intake import Book, KafkaDelivery
 from orchestrator.errors import BrokerUnavailable, PublishRejected, ResourceMissing
 
@@ -30,6 +37,8 @@ _MOVES = 1000
 _INSIST = 3.0
 #: Seconds after which a call with a timeout of five has forgotten it.
 _FORGOTTEN = 8.0
+#: Seconds in which an administrator's question is answered.
+_ANSWER = 5.0
 
 Record = tuple[str, bytes, bytes | None, client.Headers]
 
@@ -45,12 +54,14 @@ class Move:
 
 
 class Mover:
-    def __init__(self, config: Mapping[str, Any], retry: str, desk: Desk) -> None:
+    def __init__(self, settings: Settings, desk: Desk) -> None:
         self.queue: list[Move] = []
-        self._config, self._retry, self._desk = config, retry, desk
+        self._set, self._desk = settings, desk
+        self._retry = settings.wanted.retry
         self._after = 0.0
         self._producer: RawProducer | None = None
-        self._touched: dict[tuple[str, int], None] = {}  # where the last transaction has written
+        self._admin: Any = None
+        self._written = {self._retry, *settings.letters}  # topics that transactions of ours may have written to
         self._doubtful: list[Move] = []  # of a transaction that may have been committed
 
     @property
@@ -65,22 +76,32 @@ class Mover:
     def ready(self) -> RawProducer:
         """Our transactional producer; making it ends what a predecessor of the same name left open."""
         if self._producer is None:
-            producer = RawProducer(client.for_producer(self._config))
+            producer = RawProducer(client.for_producer(self._set.transactions))
             producer.list_topics(self._retry, timeout=5)  # unconnected it looks for its coordinator twice a second
             self._insist(lambda: producer.init_transactions(5))
             self._producer = producer
         return self._producer
 
-    def move(
-        self,
-        consumer: RawConsumer,
-        is_mine: Callable[[KafkaDelivery, Done], bool],
-        told: Callable[[Sequence[TopicPartition]], None],
-    ) -> KafkaError | None:
-        """Moves what is queued and still ours; what fails for now stays queued. Returns why it did. `told` gets what
-        was committed."""
+    @property
+    def admin(self) -> Any:
+        if self._admin is None:
+            self._admin = client.new_admin(self._set.consumer)
+        return self._admin
+
+    def committed(self, partitions: Sequence[TopicPartition]) -> list[TopicPartition]:
+        """What the group has committed, whatever is pending. Raises KafkaException."""
+        asked = [ConsumerGroupTopicPartitions(self._set.group, list(partitions))]
+        answer = self.admin.list_consumer_group_offsets(asked, request_timeout=_ANSWER)[self._set.group]
+        found = list(answer.result(2 * _ANSWER).topic_partitions)
+        for tp in found:
+            if tp.error is not None:
+                raise KafkaException(tp.error)
+        return found
+
+    def move(self, consumer: RawConsumer, is_mine: Callable[[KafkaDelivery, Done], bool]) -> KafkaError | None:
+        """Moves what is queued and still ours; what fails for now stays queued. Returns why it did."""
         try:
-            self._clear_up(consumer, is_mine, told)
+            self._clear_up(consumer, is_mine)
         except KafkaException as error:
             self._after = time.monotonic() + 0.5
             return client.error_of(error)
@@ -96,7 +117,6 @@ class Mover:
         try:
             producer = self.ready()
             producer.begin_transaction()
-            self._touched.clear()
             for move in moves:
                 self._write(producer, move)
             offsets = [entry(book, without=gone) for book, gone in touched.values()]
@@ -109,34 +129,24 @@ class Mover:
                 self._producer, self._doubtful = None, moves
                 return found
             return self._undo(moves, found)
-        told(offsets)
         for move in moves:
             move.delivery.book.finish(move.delivery.offset)
             self._desk.done(move.done)
         return None
 
-    def _clear_up(
-        self,
-        consumer: RawConsumer,
-        is_mine: Callable[[KafkaDelivery, Done], bool],
-        told: Callable[[Sequence[TopicPartition]], None],
-    ) -> None:
-        """A commit was never answered. A new producer of our name ends its transaction one way or the other, and the
-        group's offsets say which. Raises KafkaException when nobody answers now either."""
+    def _clear_up(self, consumer: RawConsumer, is_mine: Callable[[KafkaDelivery, Done], bool]) -> None:
+        """A commit was never answered. A new producer of our name ends its transaction one way or the other, heal()
+        lets nothing of it stay pending, and then the group's offsets say which way. Raises KafkaException when
+        nobody answers now either."""
         self._doubtful = [move for move in self._doubtful if is_mine(move.delivery, move.done)]
         if not self._doubtful:
             return
-        self.ready()
+        self.heal(consumer)
         places = {(move.delivery.book.topic, move.delivery.book.number) for move in self._doubtful}
-        found = consumer.committed([TopicPartition(*place) for place in places], timeout=5)
-        for tp in found:
-            if tp.error is not None:
-                raise KafkaException(tp.error)
         said = {
             (tp.topic, tp.partition): Book(tp.topic, tp.partition, tp.offset, tp.metadata or "", owner="")
-            for tp in found
+            for tp in self.committed([TopicPartition(*place) for place in places])
         }
-        told(found)
         for move in self._doubtful:
             book, offset = move.delivery.book, move.delivery.offset
             if said[book.topic, book.number].is_open(offset):
@@ -146,24 +156,41 @@ class Mover:
                 self._desk.done(move.done)
         self._doubtful = []
 
-    def heal(self, consumer: RawConsumer, offsets: Sequence[TopicPartition]) -> None:
+    def heal(self, consumer: RawConsumer) -> None:
         """A broker that is killed after it decided a transaction may forget its markers when it starts again (seen with
-        Kafka 4.3): readers of committed records then stop before it, and the offsets stay pending. The end of the next
-        transaction of the same producer in the same places ends that one too; so here is one that says nothing. Raises
+        Kafka 4.3): the offsets stay pending, and readers of committed records stop before it. The end of the next
+        transaction of the same producer in the same places ends that one too, as it was decided. So here is one that
+        says nothing: a position that nobody reads and, where something is open, a record that is passed over. Raises
         KafkaException."""
         producer = self.ready()
-        places = list(self._touched) or [(self._retry, 0)]
+        unended = self._unended()
         try:
             producer.begin_transaction()
-            for topic, number in places:
-                producer.produce(topic, partition=number, headers=[(client.NOTHING, b"")])
-            if offsets:
-                self._add_offsets(producer, consumer, offsets)
+            for place in unended:
+                producer.produce(place.topic, partition=place.partition, headers=[(client.NOTHING, b"")])
+            self._add_offsets(producer, consumer, [TopicPartition(self._set.nowhere, 0, 0)])
             self._insist(lambda: producer.commit_transaction(5))
         except KafkaException as error:
             self._undo((), client.error_of(error))
             raise
-        self._touched.clear()
+
+    def _unended(self) -> list[TopicPartition]:
+        """Where somebody's transaction is open, of the topics that ours write to."""
+        places = [
+            TopicPartition(topic, number)
+            for topic in self._written
+            for number in self.admin.list_topics(topic, timeout=_ANSWER).topics[topic].partitions
+        ]
+        asked = dict.fromkeys(places, client.admin_api.OffsetSpec.latest())
+        stable, all_of_it = (
+            self.admin.list_offsets(asked, isolation_level=level, request_timeout=_ANSWER)
+            for level in (IsolationLevel.READ_COMMITTED, IsolationLevel.READ_UNCOMMITTED)
+        )
+        return [
+            place
+            for place in places
+            if stable[place].result(2 * _ANSWER).offset < all_of_it[place].result(2 * _ANSWER).offset
+        ]
 
     def close(self) -> None:
         for move in (*self.queue, *self._doubtful):
@@ -173,12 +200,11 @@ class Mover:
 
     def _write(self, producer: RawProducer, move: Move) -> None:
         def report(error: KafkaError | None, message: Message) -> None:
-            if error is None:
-                self._touched[message.topic() or "", message.partition() or 0] = None
-            elif error.code() not in (KafkaError._PURGE_QUEUE, KafkaError._PURGE_INFLIGHT):
+            if error is not None and error.code() not in (KafkaError._PURGE_QUEUE, KafkaError._PURGE_INFLIGHT):
                 move.refused = error
 
         for topic, body, key, headers in move.records:
+            self._written.add(topic)
             producer.produce(topic, body, key, headers=headers, on_delivery=report)
 
     def _add_offsets(self, producer: RawProducer, consumer: RawConsumer, offsets: Sequence[TopicPartition]) -> None:

@@ -6,19 +6,18 @@ Runs in the reader's thread; on_assign, on_revoke, on_lost and on_commit are cal
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 from confluent_kafka import Consumer as RawConsumer
 from confluent_kafka import KafkaError, KafkaException, TopicPartition
 
 from orchestrator.brokers.base import Done
 from orchestrator.brokers.kafka import client
-from orchestrator.brokers.kafka.desk import Desk
+from orchestrator.brokers.kafka.desk import Desk, Settings
 from orchestrator.brokers.kafka.intake import Book, KafkaDelivery
-from orchestrator.brokers.kafka.ledger import SUSPECT, owner_of
-from orchestrator.brokers.kafka.moving import entry
+from orchestrator.brokers.kafka.ledger import SUSPECT
+from orchestrator.brokers.kafka.moving import Mover, entry
 from orchestrator.errors import BrokerUnavailable
 
 #: Seconds between commits, in general; and when something was handed out, but nothing settled.
@@ -35,28 +34,24 @@ _STABLE, _ABORTED = 3.0, 20.0
 class Positions:
     def __init__(
         self,
+        settings: Settings,
         desk: Desk,
-        config: Mapping[str, Any],
-        owner: str,
-        handover: float,
+        mover: Mover,
         work: Callable[[], None],
         forget: Callable[[Sequence[Book]], None],
-        heal: Callable[[Sequence[TopicPartition]], None],
     ) -> None:
         self.books: dict[tuple[str, int], Book] = {}
         self.committing: list[tuple[Book, Done]] | None = None
         self.missing: set[str] = set()  # topics that were deleted
         self.fenced = False
-        self.held = False  # what is committed now is to tell how a transaction ended: nothing may be added
-        self._desk, self._config, self._owner, self._handover = desk, config, owner, handover
-        # The reader: run commands and moves; forget the records of these; end transactions that a broker left open.
-        self._work, self._forget, self._heal = work, forget, heal
+        self.cut_off = False  # since transactions of ours, or of a predecessor, were last seen to have ended
+        self._desk, self._mover, self._owner, self._handover = desk, mover, settings.owner, settings.handover
+        self._work, self._forget = work, forget  # the reader: run commands and moves; forget the records of these
         self._settled: list[tuple[Book, Done]] = []
         self._after = 0.0
         self._committed_at = 0.0
         self._owed = 0.0  # since when something is committed without success; 0 for nothing
         self._told: tuple[list[tuple[Book, int]], list[TopicPartition]] = [], []  # what the commit under way says
-        self._last: dict[tuple[str, int], TopicPartition] = {}  # our last successful commit of each
         self._seeks: dict[tuple[str, int], int] = {}
 
     # --- committing -------------------------------------------------------------------------------------------
@@ -71,7 +66,17 @@ class Positions:
     def may_hand_out(self, book: Book) -> bool:
         """A successor must be able to tell an unclean end, and what it would have to suspect; and what is settled
         while no commit gets through would run again."""
-        return book.written and book.ahead < SUSPECT and (not self._owed or time.monotonic() - self._owed < _PATIENCE)
+        return book.written and book.ahead < SUSPECT and not self._starved
+
+    @property
+    def _starved(self) -> bool:
+        return self._owed > 0 and time.monotonic() - self._owed > _PATIENCE
+
+    def trouble(self) -> str | None:
+        """Why nothing is handed out, or None."""
+        if self._mover.in_doubt:
+            return "how a transaction has ended is not known yet"
+        return "what is settled cannot be committed" if self._starved else None
 
     def commit(self, consumer: RawConsumer) -> None:
         """One commit at a time, of every partition that changed; what was settled meanwhile rides with the next. At
@@ -79,7 +84,7 @@ class Positions:
         now = time.monotonic()
         if self.committing is not None and now - self._committed_at > _SILENCE:
             self.abandon_commit()
-        if self.held or self.committing is not None or now < self._after:
+        if self._mover.in_doubt or self.committing is not None or now < self._after:
             return
         dirty = [book for book in self.books.values() if book.dirty]
         if self._settled and not dirty:
@@ -119,16 +124,10 @@ class Positions:
         self._confirm(done)
 
     def _tell(self) -> None:
-        edges, entries = self._told
+        edges, _ = self._told
         for book, edge in edges:
             book.told = max(book.told, edge)
-        self.told(entries)
         self._owed = 0.0
-
-    def told(self, entries: Sequence[TopicPartition]) -> None:
-        """These are committed, plainly or by a transaction."""
-        for tp in entries:
-            self._last[tp.topic, tp.partition] = tp
 
     def _confirm(self, settled: Sequence[tuple[Book, Done]]) -> None:
         for _, done in settled:
@@ -152,57 +151,55 @@ class Positions:
 
     def on_assign(self, consumer: RawConsumer, partitions: list[TopicPartition]) -> None:
         start: list[TopicPartition] = []
-        for tp in self._committed(consumer, partitions) if partitions else []:
+        taken = self._desk.patiently(partial(self._committed, consumer, partitions)) if partitions else []
+        for tp in taken:
             low, high = self._desk.patiently(partial(consumer.get_watermark_offsets, tp, timeout=5))
             book = self._book_at(tp, low, high)
             self.books[tp.topic, tp.partition] = book
+            self.cut_off |= book.unclean
             self._seeks.pop((tp.topic, tp.partition), None)
             start.append(TopicPartition(tp.topic, tp.partition, book.low))
         consumer.incremental_assign(start)
         self._desk.post(self._desk.owner.assigned)
         self._desk.flush()
 
-    def _committed(self, consumer: RawConsumer, partitions: list[TopicPartition]) -> list[TopicPartition]:
-        """The commits of `partitions`, as soon as none of them may still be changed by a transaction."""
-        began = time.monotonic()
-
-        def ask() -> list[TopicPartition]:
-            try:
-                return consumer.committed(partitions, timeout=_STABLE)
-            except KafkaException as error:
-                found = client.error_of(error)
-                if found is None or found.code() != KafkaError._TIMED_OUT:
-                    raise
-                return self._unstable(partitions, time.monotonic() - began > _ABORTED) or self._raise(error)
-
-        return self._desk.patiently(ask)  # type: ignore[no-any-return]
+    def look(self, consumer: RawConsumer, partitions: list[TopicPartition]) -> list[TopicPartition]:
+        """The commits of `partitions`; of those that a transaction may still change, what was before. Raises
+        KafkaException."""
+        return self._stable(consumer, partitions) or self._mover.committed(partitions)
 
     @staticmethod
-    def _raise(error: KafkaException) -> list[TopicPartition]:
-        raise error
-
-    def _unstable(self, partitions: list[TopicPartition], late: bool) -> list[TopicPartition]:
-        """A broker that is killed after a transaction was decided may lose its marker, and then the offsets stay
-        pending for good. The commit before it is told; when that was ours, so was the transaction, and if this process
-        made it, it knows the offsets. Of another's, nothing can be pending any more when it is `late`. Events that were
-        moved by a transaction nobody remembers run again, with the same ids."""
-        plain = {k: v for k, v in self._config.items() if k != "group.instance.id"} | {
-            "isolation.level": "read_uncommitted"
-        }
-        look = RawConsumer(client.for_consumer(plain))
+    def _stable(consumer: RawConsumer, partitions: list[TopicPartition]) -> list[TopicPartition] | None:
+        """The commits of `partitions`, or None while a transaction may still change them. Raises KafkaException."""
         try:
-            found = look.committed(partitions, timeout=_STABLE)
-        finally:
-            look.close()
-        taken: list[TopicPartition] = []
-        for tp in found:
-            last = self._last.get((tp.topic, tp.partition), tp)
-            if owner_of(tp.metadata or "") != self._owner and tp.offset >= 0 and not late:
-                return []
-            taken.append(max(tp, last, key=lambda one: one.offset))
-        client.log.warning("the group's offsets stay pending; taken up at %s", taken)
-        self._heal([tp for tp in taken if tp.offset >= 0])
-        return taken
+            return consumer.committed(partitions, timeout=_STABLE)
+        except KafkaException as error:
+            found = client.error_of(error)
+            if found is None or found.code() != KafkaError._TIMED_OUT:
+                raise
+            return None
+
+    def _committed(self, consumer: RawConsumer, partitions: list[TopicPartition]) -> list[TopicPartition]:
+        """The commits of `partitions`, as soon as no transaction can change them any more: neither ours, which heal()
+        ends, nor that of another, which its coordinator has ended when we have waited for long."""
+        found, began = self._stable(consumer, partitions), time.monotonic()
+        while found is None:
+            self.cut_off = True
+            self.heal(consumer)
+            if self._desk.stopping or time.monotonic() - began > _ABORTED:
+                client.log.warning("the positions of %s stay pending; taken up as they are", partitions)
+                return self._mover.committed(partitions)
+            found = self._stable(consumer, partitions)
+        return found
+
+    def heal(self, consumer: RawConsumer) -> None:
+        """See Mover.heal. When it fails, as in the middle of a rebalance, the next probe does it."""
+        if self.cut_off and not self._mover.in_doubt:
+            try:
+                self._mover.heal(consumer)
+                self.cut_off = False
+            except KafkaException as error:
+                client.log.warning("ending transactions: %s", error)
 
     def _book_at(self, tp: TopicPartition, low: int, high: int) -> Book:
         """The ledger of a partition that begins at `low`. A position that has no record any more is decided aloud."""
@@ -282,7 +279,7 @@ class Positions:
     def _commit_now(self, consumer: RawConsumer, going: Sequence[Book] = ()) -> None:
         """Commits and waits for it, inside a callback, where nobody polls for a report."""
         books = [book for book in self.books.values() if book.dirty or book in going]
-        if self.held:
+        if self._mover.in_doubt:
             return
         if books and not self.fenced:
             edges = [(book, book.edge) for book in books]

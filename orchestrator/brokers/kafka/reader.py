@@ -10,8 +10,7 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from confluent_kafka import Consumer as RawConsumer
@@ -19,8 +18,8 @@ from confluent_kafka import KafkaError, KafkaException, Message, TopicPartition
 
 from orchestrator.brokers.base import Done, History, Outgoing
 from orchestrator.brokers.kafka import client, moving
-from orchestrator.brokers.kafka.desk import Desk, Owner, settle
-from orchestrator.brokers.kafka.intake import Book, Filter, Intake, KafkaDelivery, Place, history_of
+from orchestrator.brokers.kafka.desk import Desk, Owner, Settings, settle
+from orchestrator.brokers.kafka.intake import Book, Intake, KafkaDelivery, Place, history_of
 from orchestrator.brokers.kafka.positions import Positions, gone
 from orchestrator.errors import BrokerError, BrokerUnavailable, ResourceMissing
 
@@ -38,19 +37,6 @@ _PROBE = 2.0
 SWEEP = 1000
 
 
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """What a reader needs to know; made by the connection."""
-
-    consumer: Mapping[str, Any]
-    transactions: Mapping[str, Any]
-    topic: str
-    group: str
-    owner: str
-    wanted: Filter
-    handover: float  # how long a partition that must go waits for the handlers running on it
-
-
 class Reader(threading.Thread):
     def __init__(
         self, settings: Settings, loop: asyncio.AbstractEventLoop, owner: Owner, opened: asyncio.Future[None]
@@ -59,17 +45,11 @@ class Reader(threading.Thread):
         self._set, self._opened = settings, opened
         self._topics = [settings.topic, settings.wanted.retry]
         self._desk = Desk(loop, owner)
+        self._mover = moving.Mover(settings, self._desk)
         self._positions = Positions(
-            self._desk,
-            settings.consumer,
-            settings.owner,
-            settings.handover,
-            self._work,
-            lambda books: self._intake.forget(books),
-            self._end_transactions,
+            settings, self._desk, self._mover, self._work, lambda books: self._intake.forget(books)
         )
         self._intake = Intake(settings.wanted, self._positions.is_current)
-        self._mover = moving.Mover(settings.transactions, settings.wanted.retry, self._desk)
         self._commands: deque[tuple[Callable[..., object], tuple[Any, ...]]] = deque()
         self._called = threading.Event()
         self.handed = 0  # deliveries given to the loop so far
@@ -78,7 +58,6 @@ class Reader(threading.Thread):
         self._paused: set[tuple[str, int]] = set()
         self._active = self._probe_at = 0.0
         self._swept: dict[tuple[str, int], int] = {}
-        self._admin: Any = None
 
     # --- called in the loop -----------------------------------------------------------------------------------
 
@@ -138,7 +117,7 @@ class Reader(threading.Thread):
         try:
             numbers = {topic: _partitions(consumer, topic) for topic in self._topics}
             everything = [TopicPartition(self._set.topic, number) for number in numbers[self._set.topic]]
-            there = client.settled(lambda: consumer.committed(everything, timeout=5), f"reading {self._set.topic}")
+            there = client.settled(lambda: self._positions.look(consumer, everything), f"reading {self._set.topic}")
             if all(tp.offset < 0 for tp in there):
                 raise ResourceMissing(
                     f"the group {self._set.group} has no position in {self._set.topic}", hint="run `orchestrator apply`"
@@ -196,8 +175,7 @@ class Reader(threading.Thread):
             self._move()
 
     def _move(self) -> None:
-        error = self._mover.move(self._consumer, self._is_mine, self._positions.told)
-        self._positions.held = self._mover.in_doubt
+        error = self._mover.move(self._consumer, self._is_mine)
         if error is not None and error.code() == KafkaError.FENCED_INSTANCE_ID:  # of the consumer, not of the producer
             self._positions.fence()
 
@@ -342,15 +320,9 @@ class Reader(threading.Thread):
         else:
             if self._desk.away:
                 self._positions.abandon_commit()
-                self._end_transactions([moving.entry(book) for book in self._positions.books.values() if book.written])
-            self._desk.say(None)
-
-    def _end_transactions(self, offsets: Sequence[TopicPartition]) -> None:
-        """See Mover.heal. When it fails, as in the middle of a rebalance, the next retry or letter does it."""
-        try:
-            self._mover.heal(self._consumer, offsets)
-        except KafkaException as error:
-            client.log.warning("ending transactions: %s", error)
+                self._positions.cut_off = True
+            self._positions.heal(self._consumer)
+            self._desk.say(self._positions.trouble())
 
     def _sweep(self) -> None:
         """Deletes what is finished from the retry topic, where nothing expires."""
@@ -360,9 +332,7 @@ class Reader(threading.Thread):
                 self._swept[key] = book.low
                 finished.append(TopicPartition(*key, book.low))
         if finished:
-            if self._admin is None:
-                self._admin = client.new_admin(self._set.consumer)
-            self._admin.delete_records(finished)  # what fails goes with the next
+            self._mover.admin.delete_records(finished)  # what fails goes with the next
 
     def _return(self) -> None:
         """Fenced: either a successor has our name, or a broker that was away mistook an old request of ours for
@@ -372,8 +342,7 @@ class Reader(threading.Thread):
             time.sleep(0.05)
             return
         self._probe_at = time.monotonic() + _PROBE
-        admin = client.new_admin(self._set.consumer)
-        members = admin.describe_consumer_groups([self._set.group])[self._set.group].result(5).members
+        members = self._mover.admin.describe_consumer_groups([self._set.group])[self._set.group].result(5).members
         ours = self._set.consumer["client.id"]
         if any(m.group_instance_id == self._set.owner and m.client_id != ours for m in members):
             return

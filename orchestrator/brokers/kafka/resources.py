@@ -235,7 +235,8 @@ class Resources:
             return
         if observed.id.kind == "subscription":
             address, _, group = name.partition("/")
-            if any(not _belongs(tp.topic, address, group) for tp in await self.committed(group)):
+            others = {tp.topic for tp in await self.committed(group)} - {self._registry_name}  # see Mover.heal
+            if any(not _belongs(topic, address, group) for topic in others):
                 # The group reads other channels too, and Kafka's client cannot take one topic out of it.
                 entry = {"owner": self._owner, "id": observed.version, "retired": True}
                 await asyncio.to_thread(self.registry.write, key, entry)
