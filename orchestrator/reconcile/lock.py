@@ -14,7 +14,7 @@ from orchestrator.errors import LockedError
 
 
 @contextlib.asynccontextmanager
-async def apply_lock(state_dir: Path, *, patience: float = 10.0) -> AsyncIterator[None]:
+async def apply_lock(state_dir: Path, *, patience: float = 30.0) -> AsyncIterator[None]:
     """Holds `<state_dir>/apply.lock`, waiting up to `patience` seconds. The kernel frees it with the process, however
     that ends. Raises LockedError naming the holder."""
     path = state_dir / "apply.lock"

@@ -77,7 +77,7 @@ async def apply(
     report: Callable[[Operation], None] = lambda operation: None,
     prepare: Callable[[Plan], Awaitable[Plan]] | None = None,
     destroy: bool = False,
-    patience: float = 10.0,
+    patience: float = 30.0,
 ) -> Plan:
     """Plans and carries out under the apply lock; returns the plan that was carried out.
 

@@ -15,7 +15,7 @@ from orchestrator.topology import dump
 from orchestrator.topology.model import Topology
 
 #: Seconds until the control socket must answer.
-PATIENCE = 30.0
+PATIENCE = 60.0
 
 
 async def start(topology: Topology) -> int:

@@ -13,7 +13,7 @@ from orchestrator.errors import OrchestratorError
 from orchestrator.topology.model import Subscription, Topology
 
 #: Seconds that an answer is used again, and that `status` waits for a new one.
-_FRESH, _PATIENCE = 1.0, 1.5
+_FRESH, _PATIENCE = 1.0, 3.0
 
 
 class Observer:
@@ -32,7 +32,7 @@ class Observer:
         self._trouble: dict[str, str] = {}  # by broker
 
     async def look(self) -> None:
-        """Brings lags() up to date, as far as the brokers answer within 1.5 s."""
+        """Brings lags() up to date, as far as the brokers answer within 3 s."""
         now = time.monotonic()
         for broker in self._subscriptions:
             if broker not in self._asking and now - self._asked.get(broker, -_FRESH) >= _FRESH:
