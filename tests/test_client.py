@@ -9,6 +9,7 @@ import pytest
 
 from orchestrator import Client
 from orchestrator.errors import BrokerUnavailable, PayloadError, RequestTimeout, RoutingError
+from tests.patience import PATIENCE
 from tests.servers.nats import NatsServer, free_port
 from tests.worker.harness import staged
 from tests.worker.test_process import topology
@@ -46,7 +47,7 @@ async def test_a_request_that_dies_is_answered_with_its_error(tmp_path: Path, na
     async with staged(tmp_path, topology(nats_server.url, "cerr"), HANDLER) as stage:
         worker = stage.worker()
         await worker.said("ready")
-        reply = await stage.client.request("cerr.task.run", {"bad": True}, timeout=10)
+        reply = await stage.client.request("cerr.task.run", {"bad": True}, timeout=PATIENCE)
         assert reply.payload["error"]["reason"] == "rejected"
         assert len(await stage.letters()) == 1
 

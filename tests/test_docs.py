@@ -30,6 +30,7 @@ from orchestrator.cli.main import app
 from orchestrator.topology.diagnostics import TopologyError, render
 from orchestrator.topology.loader import load
 from orchestrator.worker.handlers import bind
+from tests.patience import PATIENCE
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted(
@@ -171,7 +172,7 @@ def test_handlers_in_the_docs_are_handlers(tmp_path: Path) -> None:
 
 def orchestrator(*args: str, cwd: Path) -> str:
     command = [sys.executable, "-m", "orchestrator.cli.main", *args]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=2 * PATIENCE, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -199,7 +200,9 @@ def test_an_outside_client_joins_as_shown(kind: str, tmp_path: Path, request: py
             for line in lines_of(wire, tool):
                 line = line.replace("127.0.0.1:9092", f"{host}:{port}")
                 line = line.replace("redis-cli", f"redis-cli -h {host} -p {port.split('/')[0]}")
-                done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=60, check=False)
+                done = subprocess.run(
+                    ["bash", "-c", line], capture_output=True, text=True, timeout=2 * PATIENCE, check=False
+                )
                 assert done.returncode == 0, done.stdout + done.stderr
                 assert "ERR" not in done.stdout
             assert [e["payload"] for e in tail(tmp_path, chosen)] == [{"query": "tides"}] * 2

@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 
+from tests.patience import PATIENCE
+
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = sorted(p.parent for p in (ROOT / "examples").glob("*/topology.yaml"))
 
 
-def orchestrator(*args: str, cwd: Path, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+def orchestrator(*args: str, cwd: Path, timeout: float = 2 * PATIENCE) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "orchestrator.cli.main", *args],
         cwd=cwd,
@@ -42,7 +44,7 @@ def test_the_demo_tells_the_whole_story() -> None:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=4 * PATIENCE,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr

@@ -17,6 +17,7 @@ from orchestrator import AgentEvent, Context, Reject, RetryLater
 from orchestrator.errors import HandlerLoadError, RequestTimeout
 from orchestrator.testing import SyncTopologyTest, TopologyTest
 from orchestrator.topology.diagnostics import TopologyError
+from tests.patience import PATIENCE
 
 Write = Callable[..., Path]
 
@@ -89,7 +90,7 @@ async def test_hours_of_retries_take_no_time(topology: Write) -> None:
         passed = await t.run_until_idle()
         (dead,) = t.dead_letters("research")
     assert passed == pytest.approx((1 + 2 + 4) * 3600, abs=5)
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < PATIENCE
     assert (dead.attempts, dead.reason, dead.error_type) == (4, "exhausted", "KeyError")
     assert dead.event is not None
     assert dead.event.payload == {"qury": "a mistake"}
@@ -213,7 +214,7 @@ async def test_a_request_that_nobody_answers_times_out_at_once_in_real_time(topo
     async with TopologyTest(topology(), handlers={"research": nothing}) as t:
         with pytest.raises(RequestTimeout):
             await t.request("task.assigned", {}, timeout=600.0)
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < PATIENCE
 
 
 async def test_a_crash_counts_for_what_was_running_and_for_nothing_else(topology: Write) -> None:
@@ -350,4 +351,4 @@ def test_a_thousand_failing_events_and_a_day_of_retries_stay_quick(topology: Wri
             t.publish("task.assigned", {"number": number})
         t.run_until_idle()
         assert len(t.dead_letters()) == 1000
-    assert time.monotonic() - begin < 20
+    assert time.monotonic() - begin < 2 * PATIENCE

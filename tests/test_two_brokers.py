@@ -131,7 +131,7 @@ async def test_a_start_that_fails_at_the_other_broker_counts_a_crash_once(
         [gone] = [o for o in await connection.observe([]) if o.id.name == f"{far.address}/{subscription.group}"]
         await connection.delete(gone)
         worker = stage.worker()
-        await until(lambda: worker.log.read_text().count("cannot start yet") >= 1, 20, worker.log.read_text)
+        await until(lambda: worker.log.read_text().count("cannot start yet") >= 1, why=worker.log.read_text)
         await asyncio.sleep(2.5)  # some more tries
         broker = stage.topology.brokers["far"]
         for desired in registry.adapter(broker.kind).desired(stage.topology, broker):

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.patience import PATIENCE
+
 COMMAND = [sys.executable, "-m", "orchestrator.cli.main"]
-PATIENCE = 30.0
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Folder:
     def write(self, name: str, text: str) -> None:
         (self.path / name).write_text(text, encoding="utf-8")
 
-    def run(self, *args: str, stdin: str = "", timeout: float = 60.0, **env: str) -> Done:
+    def run(self, *args: str, stdin: str = "", timeout: float = 2 * PATIENCE, **env: str) -> Done:
         done = subprocess.run(
             [*COMMAND, *args],
             cwd=self.path,

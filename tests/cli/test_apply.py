@@ -13,6 +13,7 @@ import pytest
 
 from tests.cli.conftest import TOPOLOGY
 from tests.cli.rig import Folder
+from tests.patience import PATIENCE
 from tests.servers.nats import NatsServer, free_port
 
 SMALLER = TOPOLOGY.replace("parcels: {", "parcels: {retention: {max_events: 1}, ")
@@ -209,7 +210,7 @@ def test_two_applies_at_once_both_succeed(folder: Folder) -> None:
         subprocess.Popen(command, cwd=folder.path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for _ in range(2)
     ]
-    assert [(p.communicate(timeout=60), p.returncode)[1] for p in both] == [0, 0]
+    assert [(p.communicate(timeout=2 * PATIENCE), p.returncode)[1] for p in both] == [0, 0]
     assert folder.run("plan", "--exit-code").code == 0
 
 
@@ -239,7 +240,9 @@ asyncio.run(main(int(sys.argv[1])))
 @pytest.mark.parametrize("survives", [1, 3, 5])
 def test_an_apply_killed_between_operations_is_finished_by_the_next(folder: Folder, survives: int) -> None:
     folder.write("killed.py", KILLED)
-    killed = subprocess.run([sys.executable, "killed.py", str(survives)], cwd=folder.path, timeout=60, check=False)
+    killed = subprocess.run(
+        [sys.executable, "killed.py", str(survives)], cwd=folder.path, timeout=2 * PATIENCE, check=False
+    )
     assert killed.returncode == -signal.SIGKILL
     missing = folder.ok("plan", "-o", "json").json["operations"]
     assert missing

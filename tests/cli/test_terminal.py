@@ -9,7 +9,8 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.cli.rig import COMMAND, PATIENCE, Folder, wait
+from tests.cli.rig import COMMAND, Folder, wait
+from tests.patience import PATIENCE
 
 Answer = Callable[[Folder, list[str], str, str], tuple[int, str]]
 

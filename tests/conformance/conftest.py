@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.patience import PATIENCE
+
 from .drivers import Driver, driver_class
 from .rig import Rig
 
@@ -37,6 +39,13 @@ def short_lease(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> float:
     for constant in rig.driver.lease_constants:
         monkeypatch.setattr(constant.replace(":", "."), rig.driver.short_lease)
     return rig.driver.short_lease
+
+
+@pytest.fixture
+def lasting_lease(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What comes while a test has patience does not come because a lease has ended."""
+    for constant in rig.driver.lease_constants:
+        monkeypatch.setattr(constant.replace(":", "."), 2 * PATIENCE)
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from orchestrator.topology.model import Handler, Publication, RetryPolicy, Topology
+from tests.patience import PATIENCE
 
 from .rig import Lab
 
@@ -34,7 +35,7 @@ def staffed(lab: Lab, agent: str = "worker", **fields: Any) -> Topology:
         publish=tuple(Publication(event_type, "events") for event_type in ("agent.done", "agent.second")),
         env={"CREW_RECORD": record},
         retry=RETRY,
-        timeout=20.0,
+        timeout=60.0,
         drain_timeout=5.0,
     )
     return replace(lab.topology, root=HERE, agents={**lab.topology.agents, agent: replace(found, **fields)})
@@ -67,7 +68,7 @@ class Crew:
         for process in self._processes.values():
             with contextlib.suppress(ProcessLookupError):
                 process.terminate()
-        await asyncio.wait(self._tasks, timeout=15)
+        await asyncio.wait(self._tasks, timeout=PATIENCE)
         for process in self._processes.values():
             with contextlib.suppress(ProcessLookupError):
                 process.kill()

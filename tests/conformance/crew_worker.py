@@ -80,8 +80,7 @@ def without(mechanism: str) -> None:
         start = Attempt.start
 
         def settle_first(self: Attempt, state: Any) -> None:
-            self.port.consumer.settle(self.delivery, (), lambda error: None)
-            start(self, state)
+            self.port.consumer.settle(self.delivery, (), lambda error: start(self, state))
 
         Attempt.start = settle_first  # type: ignore[method-assign]
     elif mechanism == "one id for one dead letter":

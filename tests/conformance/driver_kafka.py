@@ -14,6 +14,7 @@ from confluent_kafka.admin import AdminClient, NewTopic
 
 from orchestrator.brokers.kafka import ledger
 from orchestrator.topology.model import Channel, Subscription, Topology
+from tests.patience import PATIENCE
 
 from .drivers import ServerDriver
 
@@ -21,7 +22,7 @@ from .drivers import ServerDriver
 class KafkaDriver(ServerDriver):
     kind = "kafka"
     lease_constants = ("orchestrator.brokers.kafka.consumer:LEASE",)
-    short_lease = 2.0
+    short_lease = 4.0
     too_large = 1_048_588 + 1  # the broker's message.max.bytes
     exclusive = "a partition belongs to one replica: what it could read no other gets"
     long_lease = 18.0  # long for this test; the broker keeps the dead so long, and deleting waits for them
@@ -53,7 +54,7 @@ class KafkaDriver(ServerDriver):
         def work() -> None:
             producer = Producer({"bootstrap.servers": self.bootstrap, "message.max.bytes": 4 << 20})
             producer.produce(channel.address, body, headers=[(k, v.encode()) for k, v in headers.items()])
-            assert producer.flush(15) == 0
+            assert producer.flush(PATIENCE) == 0
 
         await asyncio.to_thread(work)
 
@@ -61,12 +62,12 @@ class KafkaDriver(ServerDriver):
         def work() -> list[bytes]:
             reader = Consumer({"bootstrap.servers": self.bootstrap, "group.id": uuid.uuid4().hex})
             try:
-                topic = reader.list_topics(channel.address, timeout=15).topics[channel.address]
+                topic = reader.list_topics(channel.address, timeout=PATIENCE).topics[channel.address]
                 places = [TopicPartition(channel.address, number, 0) for number in topic.partitions]
-                left = sum(reader.get_watermark_offsets(place, timeout=15)[1] for place in places)
+                left = sum(reader.get_watermark_offsets(place, timeout=PATIENCE)[1] for place in places)
                 reader.assign(places)
                 found: list[bytes] = []
-                deadline = time.monotonic() + 15
+                deadline = time.monotonic() + PATIENCE
                 while len(found) < left and time.monotonic() < deadline:
                     message = reader.poll(0.2)
                     if message is not None and message.error() is None:
@@ -82,7 +83,7 @@ class KafkaDriver(ServerDriver):
         await self._wait(admin.create_topics([NewTopic(address, 1, 1)]))
 
     async def outside_exists(self, address: str) -> bool:
-        return await asyncio.to_thread(lambda: address in self._admin().list_topics(timeout=15).topics)
+        return await asyncio.to_thread(lambda: address in self._admin().list_topics(timeout=PATIENCE).topics)
 
     async def outside_delete(self, address: str) -> None:
         admin = self._admin()  # it has to outlive the futures

@@ -14,6 +14,7 @@ from orchestrator.brokers.base import Delivery, Desired, Ended, History, Outgoin
 from orchestrator.brokers.memory import MemoryConnection, adapter
 from orchestrator.brokers.memory.consumer import MemoryConsumer
 from orchestrator.topology.model import Channel, Subscription, Topology
+from tests.patience import PATIENCE
 
 from .victims import Held, Victim
 
@@ -23,7 +24,7 @@ class MemoryDriver:
     client: Mapping[str, Any] = {}
     lease_constants = ("orchestrator.brokers.memory.consumer:LEASE",)
     carried = ()
-    short_lease = 0.6
+    short_lease = 2.0
     too_large: int | None = 1024 * 1024 + 1
     processes = False
     exclusive = ""
@@ -114,7 +115,7 @@ class MemoryVictim:
         raise AssertionError("nobody died before the victim")
 
     async def take(self, count: int = 1) -> list[Held]:
-        found = [await asyncio.wait_for(self.arrived.get(), 10) for _ in range(count)]
+        found = [await asyncio.wait_for(self.arrived.get(), PATIENCE) for _ in range(count)]
         return [Held(d.position, d.token, d.body) for d in found]
 
     async def mark(self, position: str, history: History) -> None:

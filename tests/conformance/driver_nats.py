@@ -14,6 +14,7 @@ from nats.js.api import ConsumerConfig, DeliverPolicy
 
 from orchestrator.brokers.nats.consumer import NatsConsumer
 from orchestrator.topology.model import Channel, Subscription, Topology
+from tests.patience import PATIENCE
 
 from .drivers import ServerDriver
 
@@ -59,7 +60,7 @@ class NatsDriver(ServerDriver):
             count = (await js.stream_info(channel.address)).state.messages
             config = ConsumerConfig(deliver_policy=DeliverPolicy.ALL)
             reader = await js.pull_subscribe(f"*.{channel.events[0]}", stream=channel.address, config=config)
-            return [message.data for message in await reader.fetch(count, timeout=5)] if count else []
+            return [message.data for message in await reader.fetch(count, timeout=PATIENCE)] if count else []
 
     async def outside_create(self, address: str) -> None:
         async with self._jetstream() as js:

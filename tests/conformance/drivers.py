@@ -34,7 +34,7 @@ class Driver(Protocol):
     lease_constants: tuple[str, ...]  # "module:NAME" of each name that holds the adapter's lease in seconds
     carried: tuple[str, ...]  # more such names, whose values (patched ones too) victims get to know
     long_lease: float  # as good as for ever, in a test
-    short_lease: float  # to which the takeover tests may shorten it
+    short_lease: float  # to which the takeover tests may shorten it: a busy machine still renews it in time
     too_large: int | None  # a body of so many bytes is refused; None: this broker takes whatever we can try
     processes: bool  # consumers may live in processes of their own
     exclusive: str  # why what one replica could read goes to no other meanwhile; "" when it does
@@ -88,7 +88,7 @@ class ServerDriver:
     exclusive = ""
     undeletable = ""
     long_lease = 3600.0
-    short_lease = 1.0
+    short_lease = 2.5
 
     def __init__(self, server: Server) -> None:
         self.server = server

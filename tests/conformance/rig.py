@@ -40,11 +40,9 @@ from orchestrator.topology.model import (
     Subscription,
     Topology,
 )
+from tests.patience import PATIENCE
 
 from .drivers import Driver, Victim
-
-#: Seconds for what should take milliseconds: only a broken promise, not a slow machine, runs into it.
-PATIENCE = 15.0
 
 
 async def eventually(
@@ -154,7 +152,7 @@ class Reader:
             done, future = outcome()
             self.consumer.settle(delivery, (), done)
             futures.append(future)
-        await asyncio.wait_for(asyncio.gather(*futures), 4 * PATIENCE)
+        await asyncio.wait_for(asyncio.gather(*futures), 2 * PATIENCE)
 
     async def retry(self, delivery: Delivery, history: History, delay: float) -> None:
         done, future = outcome()
@@ -263,7 +261,7 @@ class Lab:
     async def publish_many(self, count: int, event_type: str = "task.assigned", **given: Any) -> list[Outgoing]:
         messages = [self.message(event_type, **given) for _ in range(count)]
         for start in range(0, count, 1000):
-            await self.send(*messages[start : start + 1000], within=4 * PATIENCE)
+            await self.send(*messages[start : start + 1000], within=2 * PATIENCE)
         return messages
 
     # --- reading ----------------------------------------------------------------------------------------------

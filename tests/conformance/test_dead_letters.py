@@ -44,7 +44,7 @@ async def test_a_letter_written_before_the_broker_was_killed_is_not_doubled(rig:
         await reader.consumer.close()
         await rig.restart_server()
         other = await lab.reader(free=1, slot="worker.0")
-        again = await other.take_one(within=30)
+        again = await other.take_one()
         await other.settle(again, lab.letter(again))
         assert len(await lab.letters()) == 1
 

@@ -6,8 +6,11 @@ patches those of the runtime inside real workers. tests/README.md has the table 
 
 from __future__ import annotations
 
+import math
+import time
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -28,19 +31,13 @@ from . import (
     test_worker,
 )
 from . import rig as kit
-from .rig import Lab, Rig
+from .rig import Rig
 
 Patch = pytest.MonkeyPatch
 Check = Callable[..., Awaitable[None]]
 
 #: What a red check raises: its own assertion, or a wait that ran out.
 RED = (AssertionError, TimeoutError)
-
-
-@pytest.fixture(autouse=True)
-def _impatient(monkeypatch: Patch) -> None:
-    """A check that goes red does so by waiting in vain: not for long."""
-    monkeypatch.setattr(kit, "PATIENCE", 4.0)
 
 
 async def parts(rig: Rig) -> tuple[type, type, type]:
@@ -50,11 +47,20 @@ async def parts(rig: Rig) -> tuple[type, type, type]:
         return type(lab.connection.producer()), type(consumer), type(lab.connection)
 
 
-async def expect_red(check: Check, *arguments: Any, **named: Any) -> None:
-    try:
-        await check(*arguments, **named)
-    except RED:
-        return
+@asynccontextmanager
+async def goes_red(check: Check, *arguments: Any, at_most: float = math.inf) -> AsyncIterator[None]:
+    """The check is green before the block, and red with what the block takes out. One that goes red by waiting in vain
+    waits as long as the green one took, and some more: no machine is so slow that it is red for that."""
+    begin = time.monotonic()
+    await check(*arguments)
+    patience = min(time.monotonic() - begin + 2.0, at_most)
+    yield
+    with pytest.MonkeyPatch.context() as impatient:
+        impatient.setattr(kit, "PATIENCE", patience)
+        try:
+            await check(*arguments)
+        except RED:
+            return
     pytest.fail(f"{check.__name__} stays green without the mechanism that it is there for")
 
 
@@ -68,8 +74,8 @@ def renamed(message: Outgoing) -> Outgoing:
 async def test_without_dedup_ids_doubles_are_noticed(rig: Rig, monkeypatch: Patch) -> None:
     producer, _, _ = await parts(rig)
     send = producer.send
-    monkeypatch.setattr(producer, "send", lambda self, message, done: send(self, renamed(message), done))
-    await expect_red(test_publish.test_the_same_id_within_the_window_must_take_effect_once, rig)
+    async with goes_red(test_publish.test_the_same_id_within_the_window_must_take_effect_once, rig):
+        monkeypatch.setattr(producer, "send", lambda self, message, done: send(self, renamed(message), done))
 
 
 async def test_confirming_too_early_is_noticed(rig: Rig, monkeypatch: Patch) -> None:
@@ -80,8 +86,8 @@ async def test_confirming_too_early_is_noticed(rig: Rig, monkeypatch: Patch) -> 
         send(self, message, lambda error: None)
         done(None)
 
-    monkeypatch.setattr(producer, "send", hasty)
-    await expect_red(test_publish.test_what_is_sent_while_the_broker_is_away_must_arrive_once, rig)
+    async with goes_red(test_publish.test_what_is_sent_while_the_broker_is_away_must_arrive_once, rig):
+        monkeypatch.setattr(producer, "send", hasty)
 
 
 # --- settling -------------------------------------------------------------------------------------------------
@@ -95,14 +101,14 @@ async def test_settling_before_the_outputs_are_safe_is_noticed(rig: Rig, monkeyp
         """Settles first, and then finds that an output is refused."""
         settle(self, delivery, (), lambda error: done(PublishRejected("refused")))
 
-    monkeypatch.setattr(consumer, "settle", careless)
-    await expect_red(test_settle.test_an_output_that_is_refused_leaves_the_event_unsettled, rig)
+    async with goes_red(test_settle.test_an_output_that_is_refused_leaves_the_event_unsettled, rig):
+        monkeypatch.setattr(consumer, "settle", careless)
 
 
 async def test_not_settling_at_all_is_noticed(rig: Rig, monkeypatch: Patch) -> None:
     _, consumer, _ = await parts(rig)
-    monkeypatch.setattr(consumer, "settle", lambda self, delivery, outputs, done: done(None))
-    await expect_red(test_settle.test_a_settled_event_never_comes_again, rig)
+    async with goes_red(test_settle.test_a_settled_event_never_comes_again, rig):
+        monkeypatch.setattr(consumer, "settle", lambda self, delivery, outputs, done: done(None))
 
 
 async def test_a_letter_with_an_id_of_its_own_is_noticed(rig: Rig, monkeypatch: Patch) -> None:
@@ -112,8 +118,8 @@ async def test_a_letter_with_an_id_of_its_own_is_noticed(rig: Rig, monkeypatch: 
     def anew(self: Consumer, delivery: Delivery, outputs: Sequence[Outgoing], done: Done) -> None:
         settle(self, delivery, [renamed(output) for output in outputs], done)
 
-    monkeypatch.setattr(consumer, "settle", anew)
-    await expect_red(test_dead_letters.test_a_letter_written_before_the_crash_is_not_doubled, rig)
+    async with goes_red(test_dead_letters.test_a_letter_written_before_the_crash_is_not_doubled, rig):
+        monkeypatch.setattr(consumer, "settle", anew)
 
 
 # --- retrying and history -------------------------------------------------------------------------------------
@@ -122,10 +128,10 @@ async def test_a_letter_with_an_id_of_its_own_is_noticed(rig: Rig, monkeypatch: 
 async def test_a_history_that_is_not_stored_is_noticed(rig: Rig, monkeypatch: Patch) -> None:
     _, consumer, _ = await parts(rig)
     retry = consumer.retry
-    monkeypatch.setattr(
-        consumer, "retry", lambda self, delivery, history, delay, done: retry(self, delivery, FRESH, delay, done)
-    )
-    await expect_red(test_retry.test_a_retry_brings_its_whole_history, rig)
+    async with goes_red(test_retry.test_a_retry_brings_its_whole_history, rig):
+        monkeypatch.setattr(
+            consumer, "retry", lambda self, delivery, history, delay, done: retry(self, delivery, FRESH, delay, done)
+        )
 
 
 async def test_a_retry_that_does_not_wait_is_noticed(rig: Rig, monkeypatch: Patch) -> None:
@@ -135,23 +141,23 @@ async def test_a_retry_that_does_not_wait_is_noticed(rig: Rig, monkeypatch: Patc
     def hasty(self: Consumer, delivery: Delivery, history: History, delay: float, done: Done) -> None:
         retry(self, delivery, replace(history, not_before=0.0), 0.0, done)
 
-    monkeypatch.setattr(consumer, "retry", hasty)
-    await expect_red(test_retry.test_a_retry_comes_when_it_is_due, rig, lambda: 0.0, 2.5)
+    async with goes_red(test_retry.test_a_retry_comes_when_it_is_due, rig, time.monotonic, 5.0):
+        monkeypatch.setattr(consumer, "retry", hasty)
 
 
 async def test_a_retry_that_holds_its_slot_is_noticed(rig: Rig, monkeypatch: Patch) -> None:
     """As a worker that sleeps until the retry is due: the event stays in its slot."""
     _, consumer, _ = await parts(rig)
     demand = consumer.demand
-    monkeypatch.setattr(consumer, "retry", lambda self, delivery, history, delay, done: done(None))
-    monkeypatch.setattr(consumer, "demand", lambda self, free: demand(self, max(0, free - 1)))
-    await expect_red(test_retry.test_a_waiting_retry_holds_no_slot_and_blocks_no_neighbour, rig)
+    async with goes_red(test_retry.test_a_waiting_retry_holds_no_slot_and_blocks_no_neighbour, rig):
+        monkeypatch.setattr(consumer, "retry", lambda self, delivery, history, delay, done: done(None))
+        monkeypatch.setattr(consumer, "demand", lambda self, free: demand(self, max(0, free - 1)))
 
 
 async def test_a_mark_that_is_not_stored_is_noticed(rig: Rig, monkeypatch: Patch) -> None:
     _, consumer, _ = await parts(rig)
-    monkeypatch.setattr(consumer, "mark", lambda self, delivery, history, done: done(None))
-    await expect_red(test_retry.test_a_history_marked_before_the_run_is_kept, rig)
+    async with goes_red(test_retry.test_a_history_marked_before_the_run_is_kept, rig):
+        monkeypatch.setattr(consumer, "mark", lambda self, delivery, history, done: done(None))
 
 
 # --- demand, leases, takeover ---------------------------------------------------------------------------------
@@ -160,26 +166,29 @@ async def test_a_mark_that_is_not_stored_is_noticed(rig: Rig, monkeypatch: Patch
 async def test_fetching_more_than_was_asked_for_is_noticed(rig: Rig, monkeypatch: Patch) -> None:
     _, consumer, _ = await parts(rig)
     demand = consumer.demand
-    monkeypatch.setattr(consumer, "demand", lambda self, free: demand(self, free + 8))
-    await expect_red(test_consume.test_no_more_is_handed_out_than_there_are_free_slots, rig)
+    async with goes_red(test_consume.test_no_more_is_handed_out_than_there_are_free_slots, rig):
+        monkeypatch.setattr(consumer, "demand", lambda self, free: demand(self, free + 8))
 
 
-async def test_a_lease_that_never_ends_is_noticed(rig: Rig, monkeypatch: Patch) -> None:
+async def test_a_lease_that_never_ends_is_noticed(rig: Rig, short_lease: float, monkeypatch: Patch) -> None:
     """Takeover: what a killed worker held stays with it."""
-    for constant in rig.driver.lease_constants:
-        monkeypatch.setattr(constant.replace(":", "."), rig.driver.long_lease)
-    await expect_red(test_takeover.test_what_a_killed_worker_held_goes_to_another, rig, 0.1)
+    check = test_takeover.test_what_a_killed_worker_held_goes_to_another
+    async with goes_red(check, rig, short_lease, at_most=rig.driver.long_lease / 2):
+        for constant in rig.driver.lease_constants:
+            monkeypatch.setattr(constant.replace(":", "."), rig.driver.long_lease)
 
 
-async def test_a_journal_that_is_not_told_to_the_broker_is_noticed(rig: Rig, monkeypatch: Patch) -> None:
+async def test_a_journal_that_is_not_told_to_the_broker_is_noticed(
+    rig: Rig, lasting_lease: None, monkeypatch: Patch
+) -> None:
     _, consumer, _ = await parts(rig)
 
     async def forget(self: Consumer, left: Sequence[Left]) -> None:
         """Recovers nothing."""
 
-    monkeypatch.setattr(consumer, "recover", forget)
     check = test_takeover.test_a_successor_stores_what_the_crash_means_and_gives_it_back_at_once
-    await expect_red(check, rig, Ended.STARTED)
+    async with goes_red(check, rig, lasting_lease, Ended.STARTED):
+        monkeypatch.setattr(consumer, "recover", forget)
 
 
 MECHANISMS: dict[str, Check] = {
@@ -194,10 +203,12 @@ MECHANISMS: dict[str, Check] = {
 async def test_an_adapter_without_its_mechanism_is_noticed(
     rig: Rig, short_lease: float, monkeypatch: Patch, mechanism: str
 ) -> None:
-    if why := rig.driver.without(mechanism, monkeypatch):
-        pytest.skip(why)
+    with monkeypatch.context() as tried:
+        if why := rig.driver.without(mechanism, tried):
+            pytest.skip(why)
     lease = () if mechanism == "watermark" else (short_lease,)
-    await expect_red(MECHANISMS[mechanism], rig, *lease)
+    async with goes_red(MECHANISMS[mechanism], rig, *lease):
+        rig.driver.without(mechanism, monkeypatch)
 
 
 # --- operating ------------------------------------------------------------------------------------------------
@@ -211,26 +222,11 @@ async def test_a_redrive_by_publishing_again_is_noticed(rig: Rig, monkeypatch: P
         self.producer().send(message, done)
         await future
 
-    monkeypatch.setattr(connection, "redrive", publish)
-    await expect_red(test_operate.test_a_redrive_reaches_the_failing_subscription_alone, rig)
+    async with goes_red(test_operate.test_a_redrive_reaches_the_failing_subscription_alone, rig):
+        monkeypatch.setattr(connection, "redrive", publish)
 
 
 # --- the runtime, in real workers -----------------------------------------------------------------------------
-
-
-@pytest.fixture
-def without(monkeypatch: Patch) -> Callable[[str], None]:
-    """Starts workers without this mechanism."""
-
-    async def done(lab: Lab, found: crew.Crew, *, within: float = 25.0) -> None:
-        await kit.eventually(lambda: test_worker.at_rest(lab), within=25.0, what="everything settled")
-
-    monkeypatch.setattr(test_worker, "done", done)
-
-    def set_to(mechanism: str) -> None:
-        crew.MUTATION.set(mechanism)
-
-    return set_to
 
 
 @pytest.fixture
@@ -240,16 +236,16 @@ def workers(rig: Rig) -> Rig:
     return rig
 
 
-async def test_uncounted_crashes_are_noticed(workers: Rig, without: Callable[[str], None]) -> None:
-    without("crash count")
-    await expect_red(test_worker.test_a_handler_that_kills_its_process_dies_alone, workers)
+async def test_uncounted_crashes_are_noticed(workers: Rig) -> None:
+    async with goes_red(test_worker.test_a_handler_that_kills_its_process_dies_alone, workers):
+        crew.MUTATION.set("crash count")
 
 
-async def test_blaming_the_neighbours_is_noticed(workers: Rig, without: Callable[[str], None]) -> None:
-    without("suspects run alone")
-    await expect_red(test_worker.test_a_handler_that_kills_its_process_dies_alone, workers)
+async def test_blaming_the_neighbours_is_noticed(workers: Rig) -> None:
+    async with goes_red(test_worker.test_a_handler_that_kills_its_process_dies_alone, workers):
+        crew.MUTATION.set("suspects run alone")
 
 
-async def test_settling_before_the_handler_is_noticed(workers: Rig, without: Callable[[str], None]) -> None:
-    without("settling after the handler")
-    await expect_red(test_worker.test_a_worker_killed_inside_the_handler_loses_nothing, workers, "die in handler")
+async def test_settling_before_the_handler_is_noticed(workers: Rig) -> None:
+    async with goes_red(test_worker.test_a_worker_killed_inside_the_handler_loses_nothing, workers, "die in handler"):
+        crew.MUTATION.set("settling after the handler")

@@ -187,12 +187,11 @@ async def test_a_delayed_event_must_not_be_seen_before_its_time(rig: Rig, stopwa
     async with rig.lab() as lab:
         reader = await lab.reader(free=10)
         begin = stopwatch()
-        late = await lab.publish(delay=1.5)
+        late = await lab.publish(delay=5.0)
         soon = await lab.publish()
         assert (await reader.take_one()).body == soon.body
-        assert stopwatch() - begin < 1.5
         assert (await reader.take_one()).body == late.body
-        assert 1.4 < stopwatch() - begin < 6
+        assert 4.9 < stopwatch() - begin < 5 + 20
 
 
 async def test_what_is_sent_while_the_broker_is_away_must_arrive_once(rig: Rig) -> None:
@@ -204,7 +203,7 @@ async def test_what_is_sent_while_the_broker_is_away_must_arrive_once(rig: Rig) 
             lab.producer.send(waiting, done)
             await elapse(0.3)
             assert not future.done()
-        await finished(future, 30)
+        await finished(future)
         reader = await lab.reader(free=10)
         taken = await reader.take(2)
         assert [d.body for d in taken].count(waiting.body) == 1
@@ -222,10 +221,10 @@ async def test_a_flood_must_be_told_to_wait(rig: Rig) -> None:
                 lab.producer.send(lab.message(), done)
                 futures.append(future)
                 assert len(futures) < 200_000, "so many unconfirmed, and still `ready`"
-        await eventually(lambda: lab.producer.ready, within=60, what="ready again")
+        await eventually(lambda: lab.producer.ready, what="ready again")
         await lab.producer.wait_ready()
         for future in futures:
-            await finished(future, 60)
+            await finished(future)
 
 
 async def test_closing_must_not_leave_a_caller_waiting(rig: Rig) -> None:

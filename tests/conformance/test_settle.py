@@ -148,7 +148,7 @@ async def test_a_thousand_settlements_at_once_are_all_answered(rig: Rig) -> None
     async with rig.lab() as lab:
         await lab.publish_many(1000)
         reader = await lab.reader(free=1000)
-        await reader.settle_all(await reader.take(1000, within=60))
+        await reader.settle_all(await reader.take(1000))
         await eventually(lambda: nothing_left(lab), what="a lag of nothing")
 
 
@@ -157,7 +157,7 @@ async def nothing_left(lab: Lab) -> bool:
     return bool(lag.waiting == lag.in_flight == lag.delayed == 0)
 
 
-async def test_what_is_released_comes_to_another_at_once_and_uncounted(rig: Rig) -> None:
+async def test_what_is_released_comes_to_another_at_once_and_uncounted(rig: Rig, lasting_lease: None) -> None:
     async with rig.lab() as lab:
         sent = await lab.publish_many(2)
         reader = await lab.reader(free=2, slot="worker.0")
@@ -166,7 +166,7 @@ async def test_what_is_released_comes_to_another_at_once_and_uncounted(rig: Rig)
         reader.consumer.release(deliveries)
         await reader.consumer.close()
         other = await lab.reader(free=2, slot="worker.0")
-        again = await other.take(2, within=10)
+        again = await other.take(2)
         assert {d.body for d in again} == {message.body for message in sent}
         assert {d.history for d in again} == {FRESH}
 
@@ -186,14 +186,14 @@ async def test_a_drained_consumer_takes_nothing_new_and_still_settles(rig: Rig) 
         assert len(reader.seen) == 1
 
 
-async def test_what_is_unsettled_at_close_is_given_back_at_once(rig: Rig) -> None:
+async def test_what_is_unsettled_at_close_is_given_back_at_once(rig: Rig, lasting_lease: None) -> None:
     async with rig.lab() as lab:
         sent = await lab.publish()
         reader = await lab.reader(free=1, slot="worker.0")
         await reader.take_one()
         await reader.consumer.close()
         other = await lab.reader(free=1, slot="worker.0")
-        assert (await other.take_one(within=min(10, rig.capabilities.lease))).body == sent.body
+        assert (await other.take_one()).body == sent.body
 
 
 async def test_settlements_are_not_lost_by_closing(rig: Rig) -> None:

@@ -26,7 +26,7 @@ async def test_what_a_killed_worker_held_goes_to_another(rig: Rig, short_lease: 
         await victim.take()
         await victim.kill()
         other = await lab.reader(free=1)
-        again = await other.take_one(within=6 * short_lease + 10)
+        again = await other.take_one()
         assert (again.body, again.redelivered) == (sent.body, True)
 
 
@@ -37,7 +37,7 @@ async def test_what_a_frozen_worker_held_goes_to_another(rig: Rig, short_lease: 
         await victim.take()
         await victim.freeze()
         other = await lab.reader(free=1)
-        assert (await other.take_one(within=6 * short_lease + 10)).body == sent.body
+        assert (await other.take_one()).body == sent.body
 
 
 async def test_a_history_is_known_to_whoever_takes_over(rig: Rig, short_lease: float) -> None:
@@ -50,7 +50,7 @@ async def test_a_history_is_known_to_whoever_takes_over(rig: Rig, short_lease: f
         await victim.take()
         await victim.kill()
         other = await lab.reader(free=1)
-        again = await other.take_one(within=6 * short_lease + 10)
+        again = await other.take_one()
         assert (again.history.attempts, again.history.error) == (2, "first")
 
 
@@ -62,7 +62,7 @@ async def test_a_mark_is_known_to_whoever_takes_over(rig: Rig, short_lease: floa
         await victim.mark(held.position, History(attempts=1, open=True))
         await victim.kill()
         other = await lab.reader(free=1)
-        again = await other.take_one(within=6 * short_lease + 10)
+        again = await other.take_one()
         assert (again.history.attempts, again.history.open) == (1, True)
 
 
@@ -73,7 +73,7 @@ async def test_a_zombies_late_settlement_is_refused_or_harmless(rig: Rig, short_
         (held,) = await victim.take()
         await victim.freeze()
         other = await lab.reader(free=2)
-        again = await other.take_one(within=6 * short_lease + 10)
+        again = await other.take_one()
         await victim.thaw()
         refused = await victim.settle(held.position)
         # Where it cannot be refused, its output has the id that the new holder's has too.
@@ -140,7 +140,9 @@ STRUCK = History(attempts=1, strikes=1, alone=True, error="crashed")
 
 
 @pytest.mark.parametrize("ended", [Ended.STARTED, Ended.STARTED_ALONE, Ended.BLAMED])
-async def test_a_successor_stores_what_the_crash_means_and_gives_it_back_at_once(rig: Rig, ended: Ended) -> None:
+async def test_a_successor_stores_what_the_crash_means_and_gives_it_back_at_once(
+    rig: Rig, lasting_lease: None, ended: Ended
+) -> None:
     async with rig.lab() as lab:
         sent = await lab.publish()
         victim = await lab.victim(slot="worker.0")
@@ -155,12 +157,12 @@ async def test_a_successor_stores_what_the_crash_means_and_gives_it_back_at_once
         successor = await lab.reader(slot="worker.0", on_crash=on_crash)
         await successor.consumer.recover([Left(held.token, ended)])
         successor.demand(1)
-        again = await successor.take_one(within=min(10, rig.capabilities.lease))
+        again = await successor.take_one()
         assert asked == [(FRESH, ended)]
         assert (again.body, replace(again.history, not_before=0.0)) == (sent.body, STRUCK)
 
 
-async def test_what_had_returned_is_given_back_as_the_policy_says(rig: Rig) -> None:
+async def test_what_had_returned_is_given_back_as_the_policy_says(rig: Rig, lasting_lease: None) -> None:
     """Which takes nothing but a mark away."""
     asked = []
 
@@ -177,7 +179,7 @@ async def test_what_had_returned_is_given_back_as_the_policy_says(rig: Rig) -> N
         await successor.consumer.recover([Left(held.token, Ended.RETURNED)])
         assert asked == [(FRESH, Ended.RETURNED)]
         successor.demand(1)
-        again = await successor.take_one(within=min(10, rig.capabilities.lease))
+        again = await successor.take_one()
         assert (again.body, again.history) == (sent.body, FRESH)
 
 
@@ -219,7 +221,7 @@ def _strike(history: History, how: Ended) -> History:
     return history if how is Ended.RETURNED else STRUCK
 
 
-async def test_several_left_behind_are_each_given_back(rig: Rig) -> None:
+async def test_several_left_behind_are_each_given_back(rig: Rig, lasting_lease: None) -> None:
     async with rig.lab() as lab:
         sent = await lab.publish_many(4)
         victim = await lab.victim(slot="worker.0", free=4)
@@ -230,6 +232,6 @@ async def test_several_left_behind_are_each_given_back(rig: Rig) -> None:
         left += [Left(one.token, Ended.RETURNED) for one in held[2:]]
         await successor.consumer.recover(left)
         successor.demand(4)
-        again = await successor.take(4, within=min(10, rig.capabilities.lease))
+        again = await successor.take(4)
         by_body = {d.body: d.history.strikes for d in again}
         assert by_body == {m.body: int(m.body in {h.body for h in held[:2]}) for m in sent}

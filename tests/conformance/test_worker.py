@@ -15,6 +15,7 @@ import pytest
 from orchestrator import Client
 from orchestrator.errors import BrokerUnavailable
 from orchestrator.event import AgentEvent
+from tests.patience import PATIENCE
 
 from .crew import Crew
 from .rig import Lab, Outgoing, Rig, elapse, eventually
@@ -51,7 +52,7 @@ async def at_rest(lab: Lab) -> bool:
     return bool(lag.waiting == lag.in_flight == lag.delayed == 0)
 
 
-async def done(lab: Lab, crew: Crew, *, within: float = 60.0) -> None:
+async def done(lab: Lab, crew: Crew, *, within: float | None = None) -> None:
     await eventually(
         lambda: at_rest(lab), within=within, what=lambda: f"everything settled; ends {crew.ends}, {crew.said[-5:]}"
     )
@@ -164,11 +165,10 @@ async def test_workers_killed_at_random_lose_and_blame_nothing(rig: Rig) -> None
             for share in range(1, 6):
                 await eventually(
                     lambda share=share: len(crew.finished()) >= share * count // 8,
-                    within=60,
                     what=lambda: f"progress; {len(crew.finished())} are done",
                 )
                 crew.kill()
-            await done(lab, crew, within=120)
+            await done(lab, crew, within=2 * PATIENCE)
             assert crew.finished() == set(range(count))
             assert set(await outputs(lab)) == set(range(count))
             assert await dead(lab) == Counter()
@@ -179,10 +179,10 @@ async def test_the_broker_killed_in_the_flow_loses_nothing(rig: Rig) -> None:
     async with rig.lab() as lab:
         await lab.send(*[event(lab, n, "slow" if n % 3 == 0 else "") for n in range(count)])
         async with Crew(lab, replicas=2) as crew:
-            await eventually(lambda: len(crew.finished()) > count // 4, within=60, what="progress")
+            await eventually(lambda: len(crew.finished()) > count // 4, what="progress")
             await rig.restart_server()
-            await eventually(lambda: crew.finished() == set(range(count)), within=90, what="all handled")
-            await done(lab, crew, within=120)
+            await eventually(lambda: crew.finished() == set(range(count)), within=2 * PATIENCE, what="all handled")
+            await done(lab, crew, within=2 * PATIENCE)
             assert set(await outputs(lab)) == set(range(count))
             assert await dead(lab) == Counter()
 
@@ -245,10 +245,10 @@ async def test_a_reader_of_a_log_gets_what_is_meant_for_it_alone(rig: Rig) -> No
 
 async def test_a_request_is_answered_by_a_worker(rig: Rig) -> None:
     async with rig.lab() as lab, Crew(lab) as crew, Client(lab.topology) as client:
-        reply = await client.request("task.assigned", {"number": 4, "do": "answer"}, timeout=30)
+        reply = await client.request("task.assigned", {"number": 4, "do": "answer"}, timeout=PATIENCE)
         assert reply.payload == {"number": 4}
         answers = await asyncio.gather(
-            *(client.request("task.assigned", {"number": n, "do": "answer"}, timeout=30) for n in range(20))
+            *(client.request("task.assigned", {"number": n, "do": "answer"}, timeout=PATIENCE) for n in range(20))
         )
         assert [answer.payload["number"] for answer in answers] == list(range(20))
         assert await dead(lab) == Counter()

@@ -16,8 +16,7 @@ from typing import Any, Protocol
 
 from orchestrator.brokers.base import History
 from orchestrator.topology.model import Topology
-
-PATIENCE = 20.0
+from tests.patience import PATIENCE
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from tests.faults.rig import Site
+from tests.patience import PATIENCE
 from tests.servers.fresh import Server, fresh_server
 
 
@@ -73,7 +74,7 @@ class Chaos:
         """Spread over the whole flow: kills as fast as workers return would leave nothing but recovery to look at."""
         for number in range(self.worker_kills):
             due = len(self.kinds) * (number + self.rng.random()) / (self.worker_kills + 1)
-            await self.site.until(lambda due=due: self.site.handled() >= due, f"{due:.0f} handled", 120)
+            await self.site.until(lambda due=due: self.site.handled() >= due, f"{due:.0f} handled", 2 * PATIENCE)
             while not (victims := self.site.workers()):
                 await asyncio.sleep(0.05)
             os.kill(self.rng.choice(victims).pid, signal.SIGKILL)
@@ -82,14 +83,14 @@ class Chaos:
     async def kill_broker(self) -> None:
         for number in range(self.broker_kills):
             due = len(self.kinds) * (number + 1) / (self.broker_kills + 2)
-            await self.site.until(lambda due=due: self.site.handled() >= due, f"{due:.0f} handled", 120)
+            await self.site.until(lambda due=due: self.site.handled() >= due, f"{due:.0f} handled", 2 * PATIENCE)
             await asyncio.to_thread(self.server.kill)
             await asyncio.sleep(0.5)
             await asyncio.to_thread(self.server.start)
             self.outcome.broker_kills += 1
             before, since = self.site.record.stat().st_size, time.monotonic()
             grown = lambda before=before: self.site.record.stat().st_size > before  # noqa: E731
-            await self.site.until(grown, "events handled after the restart")
+            await self.site.until(grown, "events handled after the restart", 2 * PATIENCE)
             self.outcome.back_after_s.append(round(time.monotonic() - since, 2))
 
     def judge(self) -> None:

@@ -21,6 +21,7 @@ import psutil
 
 from orchestrator import Client
 from orchestrator.topology import load
+from tests.patience import PATIENCE
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -67,7 +68,13 @@ class Site:
 
     def run(self, *args: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [*COMMAND, *args], cwd=self.folder, env=self._env, capture_output=True, text=True, timeout=90, check=False
+            [*COMMAND, *args],
+            cwd=self.folder,
+            env=self._env,
+            capture_output=True,
+            text=True,
+            timeout=2 * PATIENCE,
+            check=False,
         )
 
     def command(self, *args: str) -> str:
@@ -104,7 +111,7 @@ class Site:
             self.process = subprocess.Popen(
                 [*COMMAND, *(args or ("apply", "--yes"))], cwd=self.folder, env=self._env, stdout=log, stderr=log
             )
-        await self.until(lambda: self.said.count(" is ready") >= before + workers, "the workers are ready", 40)
+        await self.until(lambda: self.said.count(" is ready") >= before + workers, "the workers are ready")
 
     @property
     def said(self) -> str:
@@ -116,7 +123,7 @@ class Site:
         assert self.process is not None
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
-        return await asyncio.to_thread(self.process.wait, 60)
+        return await asyncio.to_thread(self.process.wait, PATIENCE)
 
     def warm(self) -> psutil.Process:
         """The parent of the workers, a child of the supervisor."""
@@ -164,7 +171,7 @@ class Site:
         """So many different events ran."""
         return len({line[0] for line in self.lines()})
 
-    async def until(self, ready: Callable[[], object], what: str, patience: float = 60.0) -> None:
+    async def until(self, ready: Callable[[], object], what: str, patience: float = PATIENCE) -> None:
         """Looks often enough; `ready` may block for a moment. Raises TimeoutError with what the supervisor said."""
         deadline = time.monotonic() + patience
         while not await asyncio.to_thread(ready):
@@ -172,7 +179,7 @@ class Site:
                 raise TimeoutError(f"not within {patience:.0f} s: {what}\n{self.said[-3000:]}")
             await asyncio.sleep(0.05)
 
-    async def all_handled(self, total: int, patience: float = 90.0) -> None:
+    async def all_handled(self, total: int, patience: float = 2 * PATIENCE) -> None:
         """Waits until that many different events ran and nothing is left unsettled."""
         await self.until(lambda: self.handled() >= total, f"{total} events handled", patience)
         await self.until(self.settled, "everything settled", patience)

@@ -16,6 +16,7 @@ import redis as redis_client
 from orchestrator import Client
 from tests.faults.proxy import Proxy
 from tests.faults.rig import TOPOLOGY, Site
+from tests.patience import PATIENCE
 from tests.servers.fresh import Server
 
 Sites = Callable[..., Site]
@@ -34,18 +35,18 @@ async def frozen(server: Server, made: Site, seconds: float) -> None:
     await made.until(lambda: made.handled() > TOTAL // 10, "some handled")
     server.pause()
     began = time.monotonic()
-    await made.until(lambda: made.agent()["state"] != "running", "status says that something is wrong", 20)
+    await made.until(lambda: made.agent()["state"] != "running", "status says that something is wrong")
     assert made.agent()["reason"]
     await asyncio.sleep(max(0.0, seconds - (time.monotonic() - began)))
     server.resume()
     before = made.handled()
-    await made.until(lambda: made.handled() > before, "events flow again", 15)
+    await made.until(lambda: made.handled() > before, "events flow again")
     await publishing
     await made.all_handled(TOTAL)
     assert set(made.outputs()) == set(range(TOTAL))
     assert set(made.outputs().values()) == {1}
     assert made.letters() == []
-    await made.until(lambda: made.agent()["state"] == "running", "status says that all is well", 20)
+    await made.until(lambda: made.agent()["state"] == "running", "status says that all is well")
     assert await made.stop() == 0
 
 
@@ -88,11 +89,11 @@ async def test_a_publish_whose_answer_is_lost_takes_effect_once(server: Server, 
             sending = asyncio.gather(
                 *(client.publish("agent.completed", {"n": n}, event_id=str(n)) for n in range(1, 9))
             )
-            await made.until(lambda: proxy.swallowed, "an answer was lost", 20)
+            await made.until(lambda: proxy.swallowed, "an answer was lost")
             assert not sending.done()
             proxy.mute(False)
             proxy.cut()
-            await asyncio.wait_for(sending, 40)
+            await asyncio.wait_for(sending, PATIENCE)
         assert made.outputs() == dict.fromkeys(range(9), 1)
 
 
@@ -150,13 +151,13 @@ async def test_deleted_from_outside_under_load(server: Server, site: Sites, what
     await delete(server, what)
     await publishing
     await made.publish(range(TOTAL, TOTAL + 50))
-    await made.until(lambda: set(range(TOTAL, TOTAL + 50)) <= set(made.runs()), "later events are handled", 30)
+    await made.until(lambda: set(range(TOTAL, TOTAL + 50)) <= set(made.runs()), "later events are handled")
     if what == "subscription":  # the events themselves were not touched
-        await made.until(lambda: made.handled() == TOTAL + 50, "every event is handled", 60)
+        await made.until(lambda: made.handled() == TOTAL + 50, "every event is handled")
     await made.until(made.settled, "everything settled")
     agent = made.agent()
     assert agent["alarms"], agent
-    await made.until(lambda: made.agent()["state"] == "running", "healthy again", 20)
+    await made.until(lambda: made.agent()["state"] == "running", "healthy again")
     assert made.letters() == []
     assert await made.stop() == 0
 
@@ -221,7 +222,7 @@ async def test_the_disk_is_full(site: Sites, server: Server) -> None:
     await made.until(lambda: made.runs()[1] >= taken, "what had been taken is handled")
     server._config = server._config.replace("max_file_store: 3000000,", "max_file_store: 300000000,")  # type: ignore[union-attr]
     await asyncio.to_thread(server.restart)
-    await made.until(made.settled, "all settled", 120)
+    await made.until(made.settled, "all settled", 2 * PATIENCE)
     assert not made.letters(), "no room is nobody's fault"
     assert made.run("publish", "task.assigned", "@big.json").returncode == 0
     assert await made.stop() == 0

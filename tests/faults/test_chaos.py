@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.chaos import Chaos, Outcome
+from tests.patience import PATIENCE
 from tests.servers.fresh import Server
 
 
@@ -22,8 +23,9 @@ async def chaos(server: Server, folder: Path, *, events: int, worker_kills: int,
     return outcome
 
 
-#: Kafka's takes longer at times: its client has to be given up when it forgets a timeout (brokers/kafka/moving.py).
-BACK = {"nats": 10.0, "redis": 10.0, "kafka": 30.0}
+#: Seconds. Kafka's takes longer at times: its client has to be given up when it forgets a timeout
+#: (brokers/kafka/moving.py).
+BACK = {"nats": PATIENCE / 2, "redis": PATIENCE / 2, "kafka": PATIENCE}
 
 
 @pytest.mark.parametrize(("server", "back"), BACK.items(), indirect=["server"])

@@ -11,6 +11,7 @@ import psutil
 import pytest
 
 from tests.faults.rig import HERE, ROOT, Site
+from tests.patience import PATIENCE
 from tests.servers.fresh import Server
 
 Sites = Callable[..., Site]
@@ -38,7 +39,7 @@ async def test_a_killed_supervisor_loses_and_doubles_nothing(server: Server, sit
     rest = psutil.Process(made.process.pid).children(recursive=True)
     made.process.kill()
     made.process.wait()
-    await made.until(lambda: gone(rest), "its processes are gone", 15)
+    await made.until(lambda: gone(rest), "its processes are gone")
     assert made.run("status").returncode == 1
     await made.start()
     await publishing
@@ -55,7 +56,7 @@ async def test_a_killed_warm_parent_loses_and_doubles_nothing(server: Server, si
     publishing = await flowing(made)
     warm, before = made.warm(), {worker.pid for worker in made.workers()}
     warm.kill()
-    await made.until(lambda: (now := made.agent())["ready"] == 2 and not before & set(now["pids"]), "new ones run", 30)
+    await made.until(lambda: (now := made.agent())["ready"] == 2 and not before & set(now["pids"]), "new ones run")
     assert made.warm().pid != warm.pid
     await publishing
     await made.all_handled(TOTAL)
@@ -65,7 +66,7 @@ async def test_a_killed_warm_parent_loses_and_doubles_nothing(server: Server, si
 
 @both
 async def test_sigterm_under_load_drains_and_gives_the_rest_back_at_once(server: Server, site: Sites) -> None:
-    made = site(server.url)
+    made = site(server.url, env=lease(2 * PATIENCE))
     await made.start()
     publishing = await flowing(made)
     assert await made.stop() == 0
@@ -73,7 +74,7 @@ async def test_sigterm_under_load_drains_and_gives_the_rest_back_at_once(server:
     stopped = made.handled()
     assert stopped < TOTAL
     await made.start()
-    await made.until(lambda: made.handled() > stopped, "the rest comes at once, not after a lease", 8)
+    await made.until(lambda: made.handled() > stopped, "the rest comes at once, not after a lease")
     await made.all_handled(TOTAL)
     assert set(made.runs().values()) == {1}
     assert made.letters() == []
@@ -83,7 +84,7 @@ async def test_sigterm_under_load_drains_and_gives_the_rest_back_at_once(server:
 @both
 async def test_a_worker_stopped_past_its_lease_and_continued_does_no_harm(server: Server, site: Sites) -> None:
     """The lease is shortened, so that the frozen worker's events run elsewhere before it wakes up."""
-    made = site(server.url, env=short_lease(2.0))
+    made = site(server.url, env=lease(2.0))
     await made.start()
     await made.publish(range(8), "sleep:1")
     await made.until(lambda: made.handled() == 8, "all of them run")
@@ -102,15 +103,15 @@ async def test_a_worker_stopped_past_its_lease_and_continued_does_no_harm(server
 
 @both
 async def test_a_handler_of_three_leases_runs_once(server: Server, site: Sites) -> None:
-    made = site(server.url, env=short_lease(2.0))
+    made = site(server.url, env=lease(4.0))
     await made.start()
-    await made.publish(range(4), "sleep:6")
+    await made.publish(range(4), "sleep:12")
     await made.publish(range(4, 40))
     await made.all_handled(40)
     assert made.runs() == dict.fromkeys(range(40), 1)
     assert await made.stop() == 0
 
 
-def short_lease(seconds: float) -> dict[str, str]:
-    """The environment in which every process started by the command line holds leases of `seconds` only."""
-    return {"PYTHONPATH": f"{HERE / 'shortened'}{os.pathsep}{ROOT}", "SHORT_LEASE": str(seconds)}
+def lease(seconds: float) -> dict[str, str]:
+    """The environment in which every process started by the command line holds leases of so many seconds."""
+    return {"PYTHONPATH": f"{HERE / 'leasing'}{os.pathsep}{ROOT}", "LEASE": str(seconds)}

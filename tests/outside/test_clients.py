@@ -22,12 +22,13 @@ from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy
 
 from tests.conftest import missing
 from tests.outside.team import StrictEvent, Team, task
+from tests.patience import PATIENCE
 from tests.servers.kafka import KafkaServer
 from tests.servers.nats import NatsServer
 from tests.servers.redis import RedisServer
 
 
-def eventually(ready: Callable[[], bool], what: str, patience: float = 30.0) -> None:
+def eventually(ready: Callable[[], bool], what: str, patience: float = PATIENCE) -> None:
     deadline = time.monotonic() + patience
     while not ready():
         assert time.monotonic() < deadline, f"not within {patience:.0f} s: {what}"
@@ -89,7 +90,7 @@ async def test_a_nats_publisher_and_a_push_subscriber_join(nats_team: Team) -> N
         headers={"Nats-Msg-Id": event.event_id, "correlation-id": event.correlation_id},
     )
     assert ack.stream == "TASK_EVENTS"
-    first, second = [await asyncio.wait_for(heard.get(), 30) for _ in range(2)]
+    first, second = [await asyncio.wait_for(heard.get(), PATIENCE) for _ in range(2)]
     assert [first.source_agent, second.source_agent] == ["research", "writing"]
     assert {first.correlation_id, second.correlation_id} == {"outside-nats"}
     await nc.close()
@@ -117,7 +118,7 @@ def test_a_kafka_producer_and_a_consumer_group_join(kafka_team: Team) -> None:
             "correlation-id": event.correlation_id,
         },
     )
-    assert producer.flush(30) == 0
+    assert producer.flush(PATIENCE) == 0
     consumer = Consumer(
         {
             "bootstrap.servers": servers,
@@ -129,7 +130,7 @@ def test_a_kafka_producer_and_a_consumer_group_join(kafka_team: Team) -> None:
     )
     consumer.subscribe(["AGENT_EVENTS"])
     heard: list[StrictEvent] = []
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while len(heard) < 3:
         assert time.monotonic() < deadline, heard
         message = consumer.poll(1.0)
@@ -146,10 +147,10 @@ def test_kcat_produces_a_task_and_reads_the_answer(kafka_team: Team) -> None:
         missing("kcat")
     servers = kafka_team.url.removeprefix("kafka://")
     body = b'{"event_type": "task.assigned", "correlation_id": "kcat-1", "payload": {"query": "kcat"}}\n'
-    subprocess.run(["kcat", "-P", "-b", servers, "-t", "TASK_EVENTS"], input=body, check=True, timeout=30)
-    eventually(kafka_team.has("review.completed", "kcat-1"), "the review of kcat's task", 60)
+    subprocess.run(["kcat", "-P", "-b", servers, "-t", "TASK_EVENTS"], input=body, check=True, timeout=PATIENCE)
+    eventually(kafka_team.has("review.completed", "kcat-1"), "the review of kcat's task")
     read = ["kcat", "-C", "-b", servers, "-t", "REVIEW_EVENTS", "-e", "-q"]
-    answer = subprocess.run(read, capture_output=True, text=True, check=True, timeout=30).stdout
+    answer = subprocess.run(read, capture_output=True, text=True, check=True, timeout=PATIENCE).stdout
     assert '"correlation_id":"kcat-1"' in answer
 
 
@@ -169,7 +170,7 @@ def test_a_redis_producer_and_a_consumer_group_join(redis_team: Team) -> None:
     )
     client.xgroup_create("AGENT_EVENTS", "outside", id="0", mkstream=True)
     heard: list[StrictEvent] = []
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE
     while len(heard) < 3:
         assert time.monotonic() < deadline, heard
         for _, entries in client.xreadgroup("outside", "one", {"AGENT_EVENTS": ">"}, count=10, block=1000) or ():
@@ -186,5 +187,5 @@ def test_redis_cli_adds_a_task(redis_team: Team) -> None:
         missing("redis-cli")
     body = '{"event_type": "task.assigned", "correlation_id": "cli-1", "payload": {"query": "by hand"}}'
     command = ["redis-cli", "-u", redis_team.url, "XADD", "TASK_EVENTS", "*", "payload", body]
-    subprocess.run(command, check=True, capture_output=True, timeout=30)
+    subprocess.run(command, check=True, capture_output=True, timeout=PATIENCE)
     eventually(redis_team.has("review.completed", "cli-1"), "the review of redis-cli's task")

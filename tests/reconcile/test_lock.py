@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -48,6 +47,5 @@ async def test_who_waits_too_long_is_told_who_holds_it(holder: subprocess.Popen[
 async def test_a_holder_that_is_killed_holds_nothing(holder: subprocess.Popen[str], tmp_path: Path) -> None:
     holder.kill()
     holder.communicate()
-    began = time.monotonic()
-    async with apply_lock(tmp_path / "state", patience=5.0):
-        assert time.monotonic() - began < 2.0
+    async with apply_lock(tmp_path / "state", patience=0.0):
+        assert (tmp_path / "state").is_dir()

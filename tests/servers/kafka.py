@@ -15,6 +15,7 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 
+from tests.patience import PATIENCE
 from tests.servers.certificates import Certificate
 
 VERSION = "4.3.1"
@@ -74,10 +75,12 @@ def free_port() -> int:
 
 class KafkaServer:
     """One broker on loopback. `url` takes no password, `auth_url` wants SASL (plain or scram) as USER, PASSWORD;
-    with `tls` there is a `tls_url`, which lets in whoever has that certificate."""
+    with `tls` there is a `tls_url`, which lets in whoever has that certificate. `fast`: optimised as one that runs for
+    long would be; without it, it starts with half the work."""
 
-    def __init__(self, tls: Certificate | None = None) -> None:
+    def __init__(self, tls: Certificate | None = None, *, fast: bool = False) -> None:
         self._java, self._jars = java(), jars()
+        self._jit = [] if fast else ["-XX:TieredStopAtLevel=1"]
         self.folder = Path(tempfile.mkdtemp(prefix="kafka-"))
         self.port, self.auth_port, self._controller = free_port(), free_port(), free_port()
         self._tls, self._tls_port = tls, free_port()
@@ -106,7 +109,7 @@ class KafkaServer:
             start_new_session=True,
         )
         log.close()
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 3 * PATIENCE
         while not self._answers():
             if self._process.poll() is not None or time.monotonic() > deadline:
                 tail = (self.folder / "server.log").read_text(errors="replace")[-2000:]
@@ -120,7 +123,7 @@ class KafkaServer:
             self._process.send_signal(signal.SIGCONT)
             self._process.terminate()
             try:
-                self._process.wait(20)
+                self._process.wait(PATIENCE)
             except subprocess.TimeoutExpired:
                 self.kill()
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -145,7 +148,8 @@ class KafkaServer:
         self._process.send_signal(signal.SIGCONT)
 
     def _command(self, main: str, *arguments: str) -> list[str]:
-        return [self._java, "-Xmx512m", "-XX:+UseSerialGC", "-cp", f"{self._jars}/*", main, *arguments]
+        options = ["-Xmx512m", "-XX:+UseSerialGC", *self._jit]
+        return [self._java, *options, "-cp", f"{self._jars}/*", main, *arguments]
 
     def _answers(self) -> bool:
         """Whether the listener accepts; it opens only when the broker is ready to serve."""

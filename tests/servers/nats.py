@@ -14,6 +14,8 @@ from pathlib import Path
 
 import psutil
 
+from tests.patience import PATIENCE
+
 
 def find_binary() -> str | None:
     """The server that the package would embed."""
@@ -53,7 +55,7 @@ class NatsServer:
         file = self._write_config()
         with open(self.home / "server.log", "ab") as log:
             self._process = subprocess.Popen([binary, "-c", str(file)], stdout=log, stderr=log, start_new_session=True)
-        deadline = time.monotonic() + 15
+        deadline = time.monotonic() + PATIENCE
         while not self._answers():
             assert self._process.poll() is None, (self.home / "server.log").read_text()[-2000:]
             assert time.monotonic() < deadline, "nats-server did not become ready"
@@ -102,7 +104,7 @@ class NatsServer:
         if process is not None and process.poll() is None:
             process.send_signal(signal.SIGCONT)  # a frozen one would not see SIGTERM
             process.send_signal(how)
-            process.wait(15)
+            process.wait(PATIENCE)
 
     def _answers(self) -> bool:
         try:

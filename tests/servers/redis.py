@@ -15,6 +15,8 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 
+from tests.patience import PATIENCE
+
 #: Redis' own end is heard of as a lost connection; these start it durable.
 DURABLE = ("--appendonly", "yes", "--appendfsync", "always", "--save", "")
 
@@ -66,7 +68,7 @@ class RedisServer:
         command += ["--dir", str(self.home), "--daemonize", "no", *self._arguments]
         with open(self.home / "server.log", "ab") as log:
             self._process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
-        deadline = time.monotonic() + 15
+        deadline = time.monotonic() + PATIENCE
         while not self._answers():
             assert self._process.poll() is None, (self.home / "server.log").read_text()[-2000:]
             assert time.monotonic() < deadline, "redis-server did not become ready"
@@ -105,7 +107,7 @@ class RedisServer:
         if process is not None and process.poll() is None:
             process.send_signal(signal.SIGCONT)  # a frozen one would not see SIGTERM
             process.send_signal(how)
-            process.wait(15)
+            process.wait(PATIENCE)
 
     def _answers(self) -> bool:
         try:

@@ -12,6 +12,7 @@ from typing import Any
 from orchestrator.supervisor.logs import LogSink
 from orchestrator.supervisor.supervisor import Supervisor
 from orchestrator.topology.model import Agent, Broker, Channel, Handler, Mode, Publication, Subscription, Topology
+from tests.patience import PATIENCE
 
 ENTRY = "fake_worker:run"
 
@@ -66,7 +67,7 @@ class Running:
     async def stop(self) -> int:
         assert self.task is not None
         self.supervisor.stop()
-        return await asyncio.wait_for(self.task, 20)
+        return await asyncio.wait_for(self.task, PATIENCE)
 
     def with_agents(self, *agents: Agent) -> Topology:
         return topology(self.root, *agents)
@@ -89,7 +90,7 @@ class Running:
         await eventually(lambda: all(a["ready"] == a["replicas"] for a in self.supervisor.status()["agents"]))
 
 
-async def eventually(check: Callable[[], Any], within: float = 10.0) -> Any:
+async def eventually(check: Callable[[], Any], within: float = PATIENCE) -> Any:
     """The first true value of `check`; fails when there is none in time."""
     deadline = time.monotonic() + within
     while not (value := check()):

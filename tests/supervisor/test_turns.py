@@ -9,6 +9,7 @@ import pytest
 
 from orchestrator.brokers.memory import adapter
 from orchestrator.errors import SupervisorError
+from tests.patience import PATIENCE
 from tests.supervisor.rig import agent, alive, eventually
 
 
@@ -30,16 +31,16 @@ async def test_the_slot_moves_when_the_old_one_has_drained(run):
 
 
 @pytest.mark.parametrize(
-    ("code", "says"),
+    ("code", "says", "deadline"),
     [
-        ("import nothing_like_this\n", "nothing_like_this"),
-        ("def broken(:\n", "SyntaxError"),
-        ("import os\nos._exit(3)\n", "ended with 3"),
-        ("import time\ntime.sleep(60)\n", "did not load within"),
+        ("import nothing_like_this\n", "nothing_like_this", PATIENCE),
+        ("def broken(:\n", "SyntaxError", PATIENCE),
+        ("import os\nos._exit(3)\n", "ended with 3", PATIENCE),
+        ("import time\ntime.sleep(60)\n", "did not load within", 2.0),
     ],
 )
-async def test_code_that_does_not_load_never_ends_the_old_one(run, tmp_path, code, says):
-    team = await run(agent(), start_deadline=2.0)
+async def test_code_that_does_not_load_never_ends_the_old_one(run, tmp_path, code, says, deadline):
+    team = await run(agent(), start_deadline=deadline)
     await team.all_ready()
     old = team.agent()["pids"]
     (tmp_path / "agents.py").write_text(code)

@@ -8,6 +8,7 @@ import os
 import pytest
 
 from orchestrator.supervisor.watcher import Watcher
+from tests.patience import PATIENCE
 from tests.supervisor.rig import eventually
 
 
@@ -45,7 +46,7 @@ async def watch(tmp_path):
     yield start
     for seen in watchers:
         seen.watcher.stop()
-        await asyncio.wait_for(seen.task, 10)
+        await asyncio.wait_for(seen.task, PATIENCE)
 
 
 @pytest.fixture

@@ -25,6 +25,7 @@ from orchestrator.brokers.base import Connection, Stored
 from orchestrator.brokers.connections import Connections
 from orchestrator.topology import load
 from orchestrator.topology.model import Topology
+from tests.patience import PATIENCE
 
 _LAUNCH = Path(__file__).with_name("launch.py")
 _TOP = Path(__file__).resolve().parents[2]
@@ -72,7 +73,7 @@ class Worker:
         *lines, self._buffer = self._buffer.split(b"\n")
         self.messages += [json.loads(line) for line in lines]
 
-    async def said(self, kind: str, timeout: float = 20.0, **more: Any) -> dict[str, Any]:
+    async def said(self, kind: str, timeout: float = PATIENCE, **more: Any) -> dict[str, Any]:
         """The first message of this kind (with these values), waiting for it."""
 
         def found() -> dict[str, Any] | None:
@@ -90,7 +91,7 @@ class Worker:
         self.process.send_signal(signal.SIGKILL)
         self.process.wait()
 
-    async def ended(self, timeout: float = 20.0) -> int:
+    async def ended(self, timeout: float = PATIENCE) -> int:
         """The exit code, waiting for it."""
         await until(lambda: self.process.poll() is not None, timeout, lambda: "the worker is still running")
         return self.process.returncode
@@ -172,7 +173,7 @@ async def staged(folder: Path, topology: str, handlers: str) -> AsyncIterator[St
             await connections.close()
 
 
-async def until(what: Callable[[], Any], timeout: float = 20.0, why: Callable[[], str] = lambda: "") -> Any:
+async def until(what: Callable[[], Any], timeout: float = PATIENCE, why: Callable[[], str] = lambda: "") -> Any:
     """Waits until `what()` is true, and returns it."""
     deadline = time.monotonic() + timeout
     while True:

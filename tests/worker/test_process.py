@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator import AgentEvent, wire
+from tests.patience import PATIENCE
 from tests.servers.nats import NatsServer
 from tests.worker.harness import Stage, Worker, staged, until
 
@@ -139,11 +140,11 @@ async def test_a_handler_that_blocks_the_loop_has_its_worker_replaced_and_is_bla
                 time.sleep(1)
         await asyncio.sleep(0.5)
     """
-    async with staged(tmp_path, topology(nats_server.url, "block", "timeout: 1s", attempts=1), handler) as stage:
+    async with staged(tmp_path, topology(nats_server.url, "block", "timeout: 4s", attempts=1), handler) as stage:
         for n in ("one", "block", "two"):
             await stage.client.publish("block.task.run", {"n": n})
         worker = stage.worker()
-        told = await worker.said("replace", timeout=30)
+        told = await worker.said("replace")
         assert "blocks the event loop" in told["reason"]
         assert await worker.ended() == 75
         assert any(m["type"] == "status" and m["loop_age"] > 2 for m in worker.messages)
@@ -174,7 +175,7 @@ async def test_sigterm_hands_back_what_has_not_started(tmp_path: Path, nats_serv
         assert await worker.ended() == 0
         second = stage.worker()
         await second.said("ready")
-        await until(lambda: len(stage.ran()) == 4, timeout=5)
+        await until(lambda: len(stage.ran()) == 4, timeout=20)  # less than a lease
         assert stage.ran() == ["1"] * 4, "interrupted runs do not count"
 
 
@@ -240,12 +241,12 @@ async def test_a_thread_that_does_not_end_has_its_worker_replaced(tmp_path: Path
         time.sleep(0.05)
         ctx.publish("thread.result.done", {"n": event.payload["n"]})
     """
-    async with staged(tmp_path, topology(nats_server.url, "thread", "timeout: 1s", attempts=1), handler) as stage:
+    async with staged(tmp_path, topology(nats_server.url, "thread", "timeout: 4s", attempts=1), handler) as stage:
         for n in ("one", "stuck", "two"):
             await stage.client.publish("thread.task.run", {"n": n})
         worker = stage.worker()
         await worker.said("status", handled=2)
-        assert "does not stop" in (await worker.said("replace", timeout=30))["reason"]
+        assert "does not stop" in (await worker.said("replace"))["reason"]
         assert await worker.ended() == 75
         second = stage.worker()
         await second.said("status", dead=1)
@@ -361,7 +362,7 @@ async def run_until_settled(stage: Stage, most: int = 20) -> int:
     """Starts a worker again each time it dies, as the supervisor does, until nothing is left; how often it died."""
     died = 0
     worker: Worker | None = None
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(2 * PATIENCE):
         while True:
             if worker is None or worker.process.poll() is not None:
                 died += worker is not None

@@ -147,12 +147,12 @@ async def test_a_drain_does_not_forgive_an_attempt_that_is_over_its_time(
         if ctx.attempt == 1:
             time.sleep(30)
     """
-    async with staged(tmp_path, topology(nats_server.url, "overtime", "timeout: 300ms"), handler) as stage:
+    async with staged(tmp_path, topology(nats_server.url, "overtime", "timeout: 2s"), handler) as stage:
         worker = stage.worker()
         await worker.said("ready")
         await stage.client.publish("overtime.task.run", {})
         await until(lambda: stage.ran() == ["1"])
-        await asyncio.sleep(1)  # the timeout has passed, and the thread sleeps on
+        await asyncio.sleep(3)  # the timeout has passed, and the thread sleeps on
         worker.tell("drain", timeout=0.1)
         await worker.said("drained")
         worker.kill()
