@@ -7,18 +7,17 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import contextlib
 import importlib
 import json
 import re
 import secrets
 import ssl
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import nats.errors
@@ -27,9 +26,7 @@ from orchestrator.brokers.nats.internals import FastClient
 from orchestrator.errors import BrokerError, BrokerUnavailable, OrchestratorError, ResourceMissing
 from orchestrator.topology.model import Auth, Broker
 
-#: Called with (header block or None, body); header None and body b"" never happen together for a real reply.
-Reply = Callable[[bytes | None, bytes], None]
-
+T = TypeVar("T")
 Json = dict[str, Any]
 _NOT_FOUND = frozenset({10059, 10014, 10037})  # stream, consumer, message
 _TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
@@ -54,17 +51,19 @@ class Raw:
     time: float
 
 
-def headers_of(block: bytes | None) -> dict[str, str]:
+@lru_cache(4096)
+def _sendable(name: str) -> bool:
+    return _TOKEN.fullmatch(name) is not None
+
+
+@lru_cache(4096)
+def is_public(name: str) -> bool:
+    """Whether a header of this name is the event's own and can be sent: Nats-* are mechanics of the wire."""
+    return _sendable(name) and not name.lower().startswith("nats-")
+
+
+def headers_of(block: bytes | None, wanted: Callable[[str], bool] = _sendable) -> dict[str, str]:
     """The headers of a block as text; names that no one could send again are left out."""
-    return _headers(block, _sendable)
-
-
-def public_headers(block: bytes | None) -> dict[str, str]:
-    """Without the server's own: Nats-* are mechanics of the wire, not of the event."""
-    return _headers(block, is_public)
-
-
-def _headers(block: bytes | None, wanted: Callable[[str], bool]) -> dict[str, str]:
     found: dict[str, str] = {}
     if block:
         for line in block.decode("utf-8", "surrogateescape").split("\r\n")[1:]:
@@ -74,15 +73,8 @@ def _headers(block: bytes | None, wanted: Callable[[str], bool]) -> dict[str, st
     return found
 
 
-@lru_cache(4096)
-def _sendable(name: str) -> bool:
-    return _TOKEN.fullmatch(name) is not None
-
-
-@lru_cache(4096)
-def is_public(name: str) -> bool:
-    """Whether a header of this name is the event's own and can be sent."""
-    return _sendable(name) and not name.lower().startswith("nats-")
+def public_headers(block: bytes | None) -> dict[str, str]:
+    return headers_of(block, is_public)
 
 
 def status_of(block: bytes | None) -> tuple[int, str]:
@@ -95,12 +87,8 @@ def status_of(block: bytes | None) -> tuple[int, str]:
 
 
 def when(text: str) -> float:
-    """Unix seconds of an RFC 3339 text with up to nine digits of a second."""
-    head, dot, tail = text.partition(".")
-    if not dot:
-        return datetime.fromisoformat(text).timestamp()
-    digits = tail.rstrip("Z") if tail.endswith("Z") else re.split(r"[+-]", tail)[0]
-    return datetime.fromisoformat(head + (tail[len(digits) :] or "Z")).timestamp() + float(f"0.{digits}")
+    """Unix seconds, to a microsecond, of an RFC 3339 text."""
+    return datetime.fromisoformat(text).timestamp()
 
 
 class Link:
@@ -115,7 +103,7 @@ class Link:
         self.api_root = f"$JS.{domain}.API." if domain else "$JS.API."
         self.inbox = f"_INBOX.{secrets.token_hex(11)}."
         self._cut = len(self.inbox)
-        self._waiting: dict[bytes, Reply] = {}
+        self._waiting: dict[bytes, Callable[[bytes | None, bytes], None]] = {}
         self._count = 0
         self._loop = asyncio.get_running_loop()
         self._open = False  # True once the first connection stands
@@ -145,9 +133,20 @@ class Link:
         if receive is not None:
             receive(header, body)
 
-    @contextlib.contextmanager
-    def _asking(self, subject: str, body: bytes, receive: Reply) -> Iterator[None]:
-        """Sends a request; `receive` gets what comes back until the block ends."""
+    async def _ask(
+        self, subject: str, body: bytes, take: Callable[[bytes | None, bytes], T | None], timeout: float = 5.0
+    ) -> T:
+        """Sends a request and gives `take` what comes back (header block, body) until it returns something.
+
+        Raises BrokerUnavailable when that does not happen in time, or there is no connection."""
+        if not self.connected:
+            raise self.unavailable()
+        answer: asyncio.Future[T] = self._loop.create_future()
+
+        def receive(header: bytes | None, data: bytes) -> None:
+            if not answer.done() and (result := take(header, data)) is not None:
+                answer.set_result(result)
+
         self._count += 1
         token = b"%x" % self._count
         self._waiting[token] = receive
@@ -155,7 +154,8 @@ class Link:
             self.client.send(
                 b"PUB %b %b%b %d\r\n%b\r\n" % (subject.encode(), self.inbox.encode(), token, len(body), body)
             )
-            yield
+            async with asyncio.timeout(timeout):  # (wait_for forgets a cancellation that comes with the answer)
+                return await answer
         except TimeoutError:
             raise BrokerUnavailable(
                 f"no answer from NATS at {self.url}", hint="is the server up, or overloaded?"
@@ -164,18 +164,8 @@ class Link:
             del self._waiting[token]
 
     async def request(self, subject: str, body: bytes = b"", *, timeout: float = 5.0) -> tuple[bytes | None, bytes]:
-        """One request, one reply. Raises BrokerUnavailable when there is none in time or no connection."""
-        if not self.connected:
-            raise self.unavailable()
-        answer: asyncio.Future[tuple[bytes | None, bytes]] = self._loop.create_future()
-
-        def receive(header: bytes | None, data: bytes) -> None:
-            if not answer.done():
-                answer.set_result((header, data))
-
-        with self._asking(subject, body, receive):
-            async with asyncio.timeout(timeout):  # (wait_for forgets a cancellation that comes with the answer)
-                return await answer
+        """One request, one reply: its header block and body. Raises BrokerUnavailable."""
+        return await self._ask(subject, body, lambda header, data: (header, data), timeout)
 
     async def api(self, verb: str, body: Json | None = None) -> Json:
         """One call of the JetStream API. Raises ResourceMissing, ApiError or BrokerUnavailable."""
@@ -234,24 +224,18 @@ class Link:
     async def _page(self, stream: str, start: int, subject: str) -> list[Raw] | None:
         """Up to 256 messages by one direct request; None when the server or stream does not offer that."""
         found: list[Raw] = []
-        end: asyncio.Future[bool] = self._loop.create_future()
 
-        def receive(header: bytes | None, data: bytes) -> None:
+        def take(header: bytes | None, data: bytes) -> bool | None:
             status, _ = status_of(header)
             named = headers_of(header)
-            if not status and "Nats-Sequence" in named:
-                at = when(named["Nats-Time-Stamp"])
-                found.append(Raw(int(named["Nats-Sequence"]), named["Nats-Subject"], header, data, at))
-                if "Nats-Num-Pending" in named:
-                    return
-                status = 204  # a server that knows no batches sent the one message
-            if not end.done():
-                end.set_result(status in (204, 404))
+            if status or "Nats-Sequence" not in named:
+                return status in (204, 404)
+            at = when(named["Nats-Time-Stamp"])
+            found.append(Raw(int(named["Nats-Sequence"]), named["Nats-Subject"], header, data, at))
+            return None if "Nats-Num-Pending" in named else True  # a server that knows no batches sends one message
 
         ask = json.dumps({"seq": start, "next_by_subj": subject, "batch": 256, "max_bytes": 4 << 20}).encode()
-        with self._asking(f"{self.api_root}DIRECT.GET.{stream}", ask, receive):
-            async with asyncio.timeout(5.0):
-                return found if await end else None
+        return found if await self._ask(f"{self.api_root}DIRECT.GET.{stream}", ask, take) else None
 
     def unavailable(self) -> BrokerUnavailable:
         why = f": {self.closed_reason}" if self.closed_reason else ""
@@ -325,15 +309,6 @@ async def open_link(broker: Broker, url: str, *, name: str, patience: float, roo
         failures[:] = [*(e for e in failures[:1] if _unauthorized(e)), error]  # that says more than the reset after it
         link.heard_error(str(error))
 
-    async def up() -> None:
-        link.changed(True)
-
-    async def down() -> None:
-        link.changed(False)
-
-    async def closed() -> None:
-        link.given_up(options)
-
     options: Json = {
         "servers": [part.strip() for part in url.split(",")],
         "name": name,
@@ -345,9 +320,9 @@ async def open_link(broker: Broker, url: str, *, name: str, patience: float, roo
         "max_outstanding_pings": 2,
         "pending_size": 8 << 20,
         "error_cb": failed,
-        "disconnected_cb": down,
-        "reconnected_cb": up,
-        "closed_cb": closed,
+        "disconnected_cb": _told(link.changed, False),
+        "reconnected_cb": _told(link.changed, True),
+        "closed_cb": _told(lambda: link.given_up(options)),
         **(_credentials(broker.auth, f"brokers.{broker.name}.auth", root) if broker.auth is not None else {}),
         **_tls(broker, root),
         **raw,
@@ -363,11 +338,17 @@ async def open_link(broker: Broker, url: str, *, name: str, patience: float, roo
             hint = f"check brokers.{broker.name}.auth: the server does not know this user, or not any more"
         elif isinstance(cause, ssl.SSLError) or "tls" in str(cause).lower():
             hint = f"check brokers.{broker.name}.tls"
-        raise BrokerUnavailable(
-            f"cannot connect to NATS at {safe_url(url)}: {str(cause) or type(cause).__name__}", hint=hint
-        ) from None
+        what = f"cannot connect to NATS at {link.url}: {str(cause) or type(cause).__name__}"
+        raise BrokerUnavailable(what, hint=hint) from None
     link.opened()
     return link
+
+
+def _told(call: Callable[..., None], *arguments: Any) -> Callable[[], Coroutine[Any, Any, None]]:
+    async def callback() -> None:
+        call(*arguments)
+
+    return callback
 
 
 def safe_url(url: str) -> str:

@@ -1,5 +1,4 @@
-"""The package's entry (base.Adapter) and a connection (base.Connection): what operators ask, and making again what was
-deleted from outside.
+"""The package's entry (base.Adapter) and a connection (base.Connection): what the worker opens and what operators ask.
 
 Reading for `tail`, `dlq` and `status` touches no subscription: messages are fetched from the stream by sequence.
 """
@@ -8,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import re
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -16,18 +14,7 @@ from dataclasses import replace
 from datetime import datetime
 
 from orchestrator.brokers import base
-from orchestrator.brokers.base import (
-    Capabilities,
-    Desired,
-    Fact,
-    Lag,
-    Observed,
-    Outgoing,
-    Setting,
-    Start,
-    Stored,
-    Verdict,
-)
+from orchestrator.brokers.base import Capabilities, Fact, Lag, Outgoing, Start, Stored
 from orchestrator.brokers.nats import resources
 from orchestrator.brokers.nats.client import ApiError, Link, Raw, open_link, public_headers, when
 from orchestrator.brokers.nats.consumer import NatsConsumer
@@ -41,53 +28,18 @@ from orchestrator.brokers.nats.resources import (
     safe,
     start_policy,
 )
-from orchestrator.brokers.nats.streams import Resources
-from orchestrator.errors import BrokerError, BrokerUnavailable, PublishRejected, RefusedError, ResourceMissing
+from orchestrator.brokers.nats.streams import Streams
+from orchestrator.errors import BrokerError, BrokerUnavailable, RefusedError, ResourceMissing
 from orchestrator.topology.model import Broker, Channel, Mode, Subscription, Topology, matches
 
-_log = logging.getLogger("orchestrator.brokers.nats")
 
-
-class NatsConnection:
+class NatsConnection(Streams):
     """base.Connection on one link."""
 
     def __init__(self, link: Link, topology: Topology, broker: Broker, url: str) -> None:
-        self.link = link
-        self.topology = topology
-        self.broker = broker
-        self.resources = Resources(link, topology, broker)
-        self.names = self.resources.names
-        self.sinks: list[base.Sink] = []
-        self.wanted = {d.id.name: d for d in resources.desired(topology, broker)}
+        super().__init__(link, topology, broker)
         self._url = url
         self._producer = NatsProducer(self)
-        self._refusal = ""
-
-    def stream(self, channel: Channel) -> str:
-        return safe(channel.address)
-
-    def place(self, subscription: Subscription) -> tuple[str, str]:
-        """(stream, durable)"""
-        return safe(self.topology.channels[subscription.channel].address), safe(subscription.group)
-
-    @property
-    def schedules(self) -> bool:
-        """Whether the server can hold an event until its time."""
-        return self.resources.schedules
-
-    # --- reconcile ---
-
-    async def observe(self, desired: Sequence[Desired]) -> list[Observed]:
-        return await self.resources.observe(desired)
-
-    async def create(self, desired: Desired) -> None:
-        await self.resources.create(desired)
-
-    async def update(self, desired: Desired, observed: Observed) -> None:
-        await self.resources.update(desired)
-
-    async def delete(self, observed: Observed) -> None:
-        await self.resources.delete(observed)
 
     # --- events ---
 
@@ -141,7 +93,7 @@ class NatsConnection:
         events: Sequence[str] = (),
         dead_letters: bool = False,
     ) -> AsyncIterator[Stored]:
-        stream = self.stream(channel)
+        stream = safe(channel.address)
         state = (await self.link.api(f"STREAM.INFO.{stream}"))["state"]
         last = int(state["last_seq"])
         if isinstance(start, datetime):
@@ -149,7 +101,7 @@ class NatsConnection:
         else:
             position = int(state["first_seq"]) if start == "earliest" else last + 1
         live: asyncio.Queue[Stored] = asyncio.Queue()
-        sids = self._overhear(channel, live) if follow and channel.mode is Mode.QUEUE else []
+        sids = self._overhear(channel, events, live) if follow and channel.mode is Mode.QUEUE else []
         seen: set[bytes] = set()
         try:
             while True:
@@ -162,26 +114,24 @@ class NatsConnection:
                         yield stored
                 if not follow:
                     return
-                if not sids:
-                    await asyncio.sleep(0.1)  # the stream is asked again: a log keeps what it got meanwhile
-                    continue
-                while True:  # what a queue gets may be settled before it could be read: listen
+                while sids:  # what a queue gets may be settled before it could be read: listen
                     stored = await live.get()
-                    if stored.body in seen:
-                        seen.discard(stored.body)
-                    elif not events or any(matches(e, stored.event_type or "") for e in events):
+                    if stored.body not in seen:
                         yield stored
+                    seen.discard(stored.body)
+                await asyncio.sleep(0.1)  # the stream is asked again: a log keeps what it got meanwhile
         finally:
             for sid in sids:
                 self.link.client.unlisten(sid)
 
-    def _overhear(self, channel: Channel, live: asyncio.Queue[Stored]) -> list[bytes]:
+    def _overhear(self, channel: Channel, events: Sequence[str], live: asyncio.Queue[Stored]) -> list[bytes]:
         cut = len(self.broker.prefix.encode())
-        stream = self.stream(channel)
+        position = f"{safe(channel.address)}:live"
 
         def on_message(subject: bytes, _reply: bytes, header: bytes | None, body: bytes) -> None:
             kind = subject[cut:].decode("utf-8", "surrogateescape")
-            live.put_nowait(Stored(f"{stream}:live", body, public_headers(header), kind, time.time()))
+            if not events or any(matches(e, kind) for e in events):
+                live.put_nowait(Stored(position, body, public_headers(header), kind, time.time()))
 
         return [self.link.client.listen(self.broker.prefix + e, on_message) for e in channel.events]
 
@@ -195,7 +145,7 @@ class NatsConnection:
         if events and not any(matches(e, kind) for e in events):
             return None
         headers = public_headers(raw.header)
-        return Stored(f"{self.stream(channel)}:{raw.seq}", raw.body, headers, kind, raw.time)
+        return Stored(f"{safe(channel.address)}:{raw.seq}", raw.body, headers, kind, raw.time)
 
     async def _first_at(self, stream: str, at: float, low: int, high: int) -> int:
         """The first sequence that was stored at or after `at`, by bisection."""
@@ -209,7 +159,7 @@ class NatsConnection:
         return low
 
     async def remove(self, channel: Channel, positions: Sequence[str]) -> int:
-        stream = self.stream(channel)
+        stream = safe(channel.address)
 
         async def one(position: str) -> bool:
             seq = position.rpartition(":")[2]
@@ -230,7 +180,7 @@ class NatsConnection:
     async def redrive(self, subscription: Subscription, message: Outgoing) -> None:
         place, names = self.place(subscription), self.names
         subject, durable = names.redriven(*place)
-        await self.resources.create_reader(names.inbox, durable, subject)
+        await self.create_reader(names.inbox, durable, subject)
         kind = message.event_type.replace("\r", " ").replace("\n", " ")
         header = head("", message.correlation_id, message.headers, f"{REDRIVEN_TYPE}: {kind}\r\n")
         await self._producer.store(subject, header, message.body, names.inbox)
@@ -283,51 +233,41 @@ class NatsConnection:
                 f"channel {channel.name} is a queue: what was handled is gone", hint="replay needs `mode: log`"
             )
         wanted = self.wanted["/".join(self.place(subscription))]
-        there = next((o for o in await self.resources.observe([wanted]) if o.id == wanted.id), None)
+        there = next((o for o in await self.observe([wanted]) if o.id == wanted.id), None)
         if there is None:
             raise ResourceMissing(
                 f"agent {subscription.agent} has no subscription to channel {channel.name} yet ({wanted.id})",
                 hint="run `orchestrator apply`, which makes it, and then replay",
             )
-        await self.resources.delete(there)
-        await self.resources.create(
-            replace(wanted, settings={**wanted.settings, "deliver_policy": start_policy(start)})
-        )
+        await self.delete(there)
+        await self.create(replace(wanted, settings={**wanted.settings, "deliver_policy": start_policy(start)}))
 
     async def count(self, channel: Channel) -> int:
-        return int((await self.link.api(f"STREAM.INFO.{self.stream(channel)}"))["state"]["messages"])
+        return int((await self.link.api(f"STREAM.INFO.{safe(channel.address)}"))["state"]["messages"])
 
     async def facts(self) -> list[Fact]:
         info = self.link.info
         found = [Fact("nats-server", str(info.get("version", "?"))), Fact("cluster id", await self.cluster_id())]
         if not self.schedules:
             found.append(Fact("delayed publish", "no", "warning", "ctx.publish(delay=) needs nats-server 2.12"))
-        before = time.time()
         try:
             account = await self.link.api("INFO")
+            before = time.time()
+            streams = (await self.link.api("STREAM.LIST")).get("streams") or []
+            middle = (before + time.time()) / 2
         except BrokerError as error:
             return [*found, Fact("JetStream", error.message, "error", "start nats-server with -js")]
-        limits = account.get("limits") or {}
-        for field, name in (
-            ("max_storage", "JetStream storage limit"),
-            ("max_streams", "stream limit"),
-            ("max_consumers", "consumer limit"),
-        ):
-            limit = int(limits.get(field, -1))
-            found.append(Fact(name, "none" if limit < 0 else str(limit)))
+        for field, name in (("storage", "JetStream storage"), ("streams", "stream"), ("consumers", "consumer")):
+            limit = int((account.get("limits") or {}).get(f"max_{field}", -1))
+            found.append(Fact(f"{name} limit", "none" if limit < 0 else str(limit)))
         found.append(Fact("JetStream storage used", str(account.get("storage", 0))))
         found.append(await self._sync_fact())
-        for name in self.wanted:
-            try:
-                ts = (await self.link.api(f"STREAM.INFO.{name.partition('/')[0]}")).get("ts")
-            except BrokerError:
-                continue
-            if ts:
-                off = when(ts) - (before + time.time()) / 2
-                difference = Fact("clock difference", f"{off:+.3f} s")
-                if abs(off) >= 1:
-                    difference = replace(difference, level="warning", hint="keep both clocks in step (NTP)")
-                return [*found, difference]
+        if streams and (now := streams[0].get("ts")):
+            off = when(now) - middle
+            difference = Fact("clock difference", f"{off:+.3f} s")
+            if abs(off) >= 1:
+                difference = replace(difference, level="warning", hint="keep both clocks in step (NTP)")
+            found.append(difference)
         return found
 
     async def _sync_fact(self) -> Fact:
@@ -344,71 +284,6 @@ class NatsConnection:
             return Fact("sync_interval", "always")
         return Fact("sync_interval", f"{int(found[2]) / 1e9:g} s", "ok", hint)
 
-    # --- healing ---
-
-    async def heal(self, subscription: Subscription, floor: int, born: str) -> list[str]:
-        """Makes again what `subscription` needs and is gone; returns what that was. `floor` is its position in the
-        stream that was created at `born`. Raises BrokerError."""
-        names = self.names
-        stream, durable = self.place(subscription)
-        healed: list[str] = []
-        for name in (stream, names.state, names.inbox, names.later):
-            if await self.resources.config(name) is None:
-                await self._make(name)
-                healed.append(f"stream {name}")
-        subject, redriven = names.redriven(stream, durable)
-        await self.resources.create_reader(names.inbox, redriven, subject)
-        await self.resources.create_reader(names.later, names.relay, f"{names.later_root}due")
-        if await self.resources.config(stream, durable) is None:
-            wanted = self.wanted.get(f"{stream}/{durable}")
-            if wanted is None:
-                raise ResourceMissing(f"consumer {stream}/{durable} is gone", hint="run `orchestrator apply`")
-            # wherever it once began: what came before that is below the floor, and what came since must not be skipped;
-            # nor anything of a stream that we or a publisher have just made again
-            same = (await self.link.api(f"STREAM.INFO.{stream}"))["created"] == born
-            start = {"deliver_policy": "by_start_sequence", "opt_start_seq": floor + 1 if same else 1}
-            log = self.topology.channels[subscription.channel].mode is Mode.LOG
-            await self.resources.create(wanted, start=start if log else None)
-            healed.append(f"consumer {stream}/{durable}")
-        return healed
-
-    async def _make(self, stream: str) -> None:
-        wanted = self.wanted.get(stream)
-        if wanted is None:
-            raise ResourceMissing(f"stream {stream} does not exist", hint="run `orchestrator apply`")
-        if wanted.external:
-            raise ResourceMissing(
-                f"the external stream {stream} does not exist or was deleted", hint="create it where it is kept"
-            )
-        await self.resources.create(wanted)
-
-    async def recreate(self, stream: str, channel: Channel | None) -> None:
-        """A publish found nobody listening. Returns when the stream is there (again)."""
-        config = await self.resources.config(stream)
-        if config is None:
-            await self._make(stream)
-            self.alarm(f"stream {stream} was deleted from outside and has been created again; what it held is lost")
-            return
-        subjects = config.get("subjects") or []
-        events = [self.broker.prefix + e for e in channel.events] if channel is not None else []
-        if any(not any(s == e or matches(s, e.replace("*", "x").replace(">", "x")) for s in subjects) for e in events):
-            raise PublishRejected(
-                f"stream {stream} takes {', '.join(subjects) or 'nothing'}, not {', '.join(events)}",
-                hint="run `orchestrator plan`, or correct `events:` of the external channel",
-            )
-        raise BrokerUnavailable(f"stream {stream} does not answer yet")
-
-    def refused(self, channel: str, error: BaseException) -> None:
-        """Delayed events wait where they are; people hear of it once for each reason."""
-        if str(error) != self._refusal:
-            self._refusal = str(error)
-            self.alarm(f"delayed events for channel {channel!r} wait: {error}")
-
-    def alarm(self, message: str) -> None:
-        _log.warning(message)
-        for sink in self.sinks:
-            sink.alarm(message)
-
     async def close(self) -> None:
         await self._producer.close()
         await self.link.close()
@@ -424,11 +299,8 @@ class NatsAdapter:
         notes=("outputs are confirmed before their event is settled: a crash in between sends them again, same ids",),
     )
 
-    def desired(self, topology: Topology, broker: Broker) -> list[Desired]:
-        return resources.desired(topology, broker)
-
-    def judge(self, kind: str, setting: str, old: Setting, new: Setting, observed: Observed) -> Verdict:
-        return resources.judge(kind, setting, old, new, observed)
+    desired = staticmethod(resources.desired)
+    judge = staticmethod(resources.judge)
 
     async def connect(self, topology: Topology, broker: Broker, *, name: str, patience: float = 5.0) -> NatsConnection:
         url = broker.url

@@ -41,8 +41,6 @@ _HINTS = {
 SUBJECT = re.compile(r"[^\s.*>\x00-\x1f\x7f]+(\.[^\s.*>\x00-\x1f\x7f]+)*")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f%]")
 _LINE_BREAK = re.compile(r"[\r\n\x00]")
-_UNSAFE_TOKEN = re.compile(r"[\s.*>\x00-\x1f\x7f]")
-
 
 #: A frame on its way: its bytes, where it goes (an internal stream by its name), whom to tell, when it was sent.
 _Publish = tuple[bytes, Channel | str, Done, int]
@@ -112,7 +110,7 @@ class NatsProducer:
 
     def _subject(self, message: Outgoing) -> bytes:
         if message.channel.dead_letters and "dlq-agent" in message.headers:
-            agent = _UNSAFE_TOKEN.sub("_", message.headers["dlq-agent"]) or "_"
+            agent = safe(message.headers["dlq-agent"]) or "_"
             kind = message.event_type if SUBJECT.fullmatch(message.event_type) else "_"
             return f"{letters_root(message.channel)}.{agent}.{kind}".encode()
         subject = self._subjects.get(message.event_type)
