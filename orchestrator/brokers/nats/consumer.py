@@ -15,67 +15,38 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from orchestrator.brokers.base import FRESH, Delivery, Done, History, Left, Outgoing, Sink
 from orchestrator.brokers.nats.client import headers_of, public_headers
+from orchestrator.brokers.nats.lane import NatsDelivery, Record
 from orchestrator.brokers.nats.producer import SUBJECT, head
 from orchestrator.brokers.nats.resources import LATER_CHANNEL, LATER_ID, LATER_SUBJECT, REDRIVEN_TYPE
-from orchestrator.brokers.nats.vigil import DUE_ROOM, Lane, Record, Vigil
+from orchestrator.brokers.nats.vigil import DUE_ROOM, Vigil
 from orchestrator.errors import OrchestratorError
-from orchestrator.topology.model import Mode
+from orchestrator.topology.model import Mode, Subscription
+
+if TYPE_CHECKING:
+    from orchestrator.brokers.nats.connection import NatsConnection
 
 _REMEMBERED = 65536  # events given back unstarted
 _EARLY = 0.02  # seconds before its time that a retry may be handed out
 _AGAIN = 5.0  # seconds until a delayed event that its channel refused is tried again
 
 
-class NatsDelivery(Delivery):
-    """Carries what settling needs. Equal sequences in the same lane are the same event."""
-
-    __slots__ = ("count", "key", "lane", "order", "reply", "stamp", "stored")
-
-    def __init__(  # one call a delivery: it does not go through the base's keyword arguments
-        self, lane: Lane, channel: str, prefix: int, subject: bytes, reply: bytes, header: bytes | None, body: bytes
-    ) -> None:
-        parts = reply.split(b".")
-        shift = 2 if len(parts) > 9 else 0
-        self.lane = lane
-        self.reply = reply  # empty: its stream is gone, there is nothing to settle
-        self.count = int(parts[4 + shift])
-        self.key = parts[5 + shift]
-        self.order = parts[6 + shift]
-        self.stamp = parts[7 + shift]
-        self.stored = False  # a history lies in the state stream
-        self.body = body
-        self.headers = public_headers(header)
-        self.event_type = subject[prefix:].decode("utf-8", "surrogateescape")
-        self.channel = channel
-        self.token = reply
-        self.redelivered = False
-        self.history = FRESH
-
-    @property
-    def position(self) -> str:  # type: ignore[override]  # made when it is asked for
-        return f"{self.lane.stream}:{self.key.decode()}"
-
-    @property
-    def time(self) -> float:  # type: ignore[override]
-        return int(self.stamp) / 1e9
-
-
 class NatsConsumer(Vigil):
     """base.Consumer on JetStream."""
+
+    def __init__(self, connection: NatsConnection, subscription: Subscription, slot: str) -> None:
+        receive = (self._on_main, self._on_redrive, self._on_due)
+        super().__init__(connection, subscription, slot, receive, self._pull)
 
     # --- life ---
 
     async def open(self, sink: Sink) -> None:
         self._sink = sink
         self._bell_sid = self._client.listen(self._bell, self._on_bell)
-        try:
-            await self._prepare()
-        except OrchestratorError:
-            self._client.unlisten(self._bell_sid)
-            raise
+        await self._prepare()
         self._connection.sinks.append(sink)
         for lane in self._lanes:
             lane.open()
@@ -119,8 +90,7 @@ class NatsConsumer(Vigil):
             self._link.listeners.remove(self._link_changed)
         if self._sink in self._connection.sinks:
             self._connection.sinks.remove(self._sink)
-        if self._bell_sid:
-            self._client.unlisten(self._bell_sid)
+        self._client.unlisten(self._bell_sid)
         self.release(self._unsettled())
         tasks = [*self._tasks, *([self._resuming] if self._resuming else [])]
         for task in tasks:
@@ -161,7 +131,7 @@ class NatsConsumer(Vigil):
             if channel is None or not SUBJECT.fullmatch(subject):
                 raise OrchestratorError("this topology has no such channel any more")
             block = head(headers.get(LATER_ID, ""), headers.get("correlation-id", ""), public_headers(header))
-            self._connection.producer().publish(subject.encode(), block, body, channel, done)
+            self._producer.publish(subject.encode(), block, body, channel, done)
         except OrchestratorError as error:
             done(error)
 
@@ -178,10 +148,12 @@ class NatsConsumer(Vigil):
             return
         held[delivery.key] = delivery
         if delivery.count > 1:
-            self._look_up(delivery)
+            self._looking += 1
+            self._known.pop(delivery.place, None)  # what is about to be read is newer
+            self._spawn(self._look_up(delivery))
             return
         if self._known:
-            record = self._known.pop(self._suffix(delivery), None)
+            record = self._known.pop(delivery.place, None)
             if record is not None:
                 self._judge(delivery, record)
                 return
@@ -197,11 +169,8 @@ class NatsConsumer(Vigil):
         self._hand_out(batch)
 
     def _hand_out(self, batch: list[NatsDelivery]) -> None:
-        assert self._sink is not None
-        room = max(self._free, 0)
-        extra = batch[room:]
-        if extra:
-            del batch[room:]
+        if extra := batch[self._free :]:
+            del batch[self._free :]
             self._too_many(extra)
         if batch:
             self._free -= len(batch)
@@ -222,12 +191,7 @@ class NatsConsumer(Vigil):
                 self._main.restart()
             self.release(back)
 
-    def _look_up(self, delivery: NatsDelivery) -> None:
-        self._looking += 1
-        self._known.pop(self._suffix(delivery), None)  # what is read now is newer
-        self._spawn(self._look_up_later(delivery))
-
-    async def _look_up_later(self, delivery: NatsDelivery) -> None:
+    async def _look_up(self, delivery: NatsDelivery) -> None:
         try:
             raw = await self._link.message(self._state, {"last_by_subj": self._subject(delivery)})
         except OrchestratorError:
@@ -242,7 +206,7 @@ class NatsConsumer(Vigil):
         """What is known of a redelivery; one that came before its time goes back for the rest."""
         if record is not None and record.stamp != delivery.stamp:
             record = None  # about an earlier event of this sequence: the stream was created again
-        seen = self._given_back.pop((self._suffix(delivery), delivery.stamp), 0)
+        seen = self._given_back.pop((delivery.place, delivery.stamp), 0)
         delivery.redelivered = delivery.count > max(seen, record.count if record is not None else 0) + 1
         if record is not None:
             delivery.stored = True
@@ -273,9 +237,10 @@ class NatsConsumer(Vigil):
                     self.acknowledge(delivery)
                 done(failure)
 
+        send = self._producer.send
         for message in outputs:
             try:
-                self._send(message, one)
+                send(message, one)
             except OrchestratorError as error:
                 one(error)
 
@@ -314,19 +279,18 @@ class NatsConsumer(Vigil):
         if not delivery.redelivered:
             if len(self._given_back) >= _REMEMBERED:
                 self._given_back.clear()
-            self._given_back[self._suffix(delivery), delivery.stamp] = delivery.count
+            self._given_back[delivery.place, delivery.stamp] = delivery.count
         self._nak(delivery.reply, delay)
 
     async def recover(self, left: Sequence[Left]) -> None:
         """All is read before anything is stored: when the broker does not answer, another try finds nothing counted."""
-        assert self._sink is not None
         found = await asyncio.gather(*(self._unsettled_one(one.token) for one in left))
         records = {}
         for one, known in zip(left, found, strict=True):
             if known is not None:
                 ghost, history = known
                 records[ghost] = Record(self._sink.on_crash(history, one.ended), ghost.count, ghost.stamp, ghost.reply)
-        store = self._connection.producer().store
+        store = self._producer.store
         await asyncio.gather(*(store(self._subject(g), b"", r.encode(), self._state) for g, r in records.items()))
         for ghost in records:
             self._nak(ghost.reply, 0)
@@ -362,12 +326,7 @@ class NatsConsumer(Vigil):
             return
         record = Record(history, delivery.count, delivery.stamp, delivery.reply)
         delivery.stored = True
-        self._connection.producer().publish(self._subject(delivery).encode(), b"", record.encode(), self._state, done)
+        self._producer.publish(self._subject(delivery).encode(), b"", record.encode(), self._state, done)
 
     def _subject(self, delivery: NatsDelivery) -> str:
-        return f"{self._histories}{self._suffix(delivery)}"
-
-    def _suffix(self, delivery: NatsDelivery) -> str:
-        """The last token of the history's subject: the sequence, and an r before it for a redriven event."""
-        key = delivery.key.decode()
-        return key if delivery.lane is self._main else f"r{key}"
+        return self._histories + delivery.place

@@ -7,188 +7,66 @@ from __future__ import annotations
 
 import asyncio
 import json
-import secrets
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.brokers.base import History, Sink
-from orchestrator.brokers.nats.client import Json, Link, headers_of, status_of
+from orchestrator.brokers.base import Sink
+from orchestrator.brokers.nats.client import Json
 from orchestrator.brokers.nats.internals import Receive
+from orchestrator.brokers.nats.lane import Lane, NatsDelivery, Record
 from orchestrator.brokers.nats.resources import ACK_WAIT, LOST, filters_of
 from orchestrator.errors import BrokerError, OrchestratorError, ResourceMissing
 from orchestrator.topology.model import Subscription
 
 if TYPE_CHECKING:
     from orchestrator.brokers.nats.connection import NatsConnection
-    from orchestrator.brokers.nats.consumer import NatsDelivery
 
-_EXPIRES = 30.0  # seconds a request stays with the server
-_HEARTBEAT = 1.0  # seconds between the server's signs of life while there is nothing
-_SILENCE = 2.6  # seconds without any sign until a request counts as lost
 _LOOK = 2.0  # seconds between looks for unread events that were trimmed
 _GRACE = 1.0  # seconds before what is gone is made again
 DUE_ROOM = 64  # delayed events on their last step at a time
 
 
-class Lane:
-    """One durable consumer pulled by one inbox: keeps up to `room` messages requested. Tells `lost(lane, reason,
-    missing)` when a request has ended without them.
-
-    nats-py's fetch() is not used: it goes silent over a server restart and returns nothing when the consumer was
-    deleted.
-    """
+class Vigil:
+    """State and upkeep of a NatsConsumer, whose receivers of an event, a redriven and a delayed one it is given."""
 
     def __init__(
         self,
-        link: Link,
-        stream: str,
-        durable: str,
-        receive: Receive,
-        late: Receive,
-        lost: Callable[[Lane, str, bool], None],
+        connection: NatsConnection,
+        subscription: Subscription,
+        slot: str,
+        receive: tuple[Receive, Receive, Receive],
+        pull: Callable[[], None],
     ) -> None:
-        self.stream = stream
-        self.durable = durable
-        self.requested = 0  # messages asked for and not arrived
-        self.held: dict[bytes, NatsDelivery] = {}  # delivered and not settled, by stream sequence
-        self.born = ""  # when the stream was created
-        self._link = link
-        self._receive = receive
-        self._late = late
-        self._lost = lost
-        self._subject = f"{link.api_root}CONSUMER.MSG.NEXT.{stream}.{durable}".encode()
-        self._inbox = b""
-        self._sid = b""
-        self._heard = 0.0
-        self._clock = asyncio.get_running_loop().time
-
-    def open(self) -> None:
-        self._inbox = b"_INBOX." + secrets.token_hex(11).encode()
-        self._sid = self._link.client.listen(self._inbox.decode(), self._on_message)
-        self.requested = 0
-
-    def pull(self, room: int) -> None:
-        """Asks for what is missing to `room`, once half of it is missing: one request serves many events."""
-        missing = room - self.requested
-        if missing > 0 and missing * 2 >= room:
-            ask = b'{"batch":%d,"expires":%d,"idle_heartbeat":%d}' % (missing, _EXPIRES * 1e9, _HEARTBEAT * 1e9)
-            if not self.requested:
-                self._heard = self._clock()
-            self.requested += missing
-            self._link.client.send(b"PUB %b %b %d\r\n%b\r\n" % (self._subject, self._inbox, len(ask), ask))
-
-    def stop(self) -> None:
-        """Withdraws every request; what is on its way goes to `late`."""
-        if self._sid:
-            self._link.client.unlisten(self._sid, self._late)
-            self._sid = b""
-        self.requested = 0
-
-    def of(self, stream: Json) -> None:
-        """Told STREAM.INFO. A stream that was made again counts from 1 once more: what was delivered before can no
-        longer be settled, and an acknowledgement of it would settle another event, which nobody has handled."""
-        if self.born not in ("", stream["created"]):
-            for delivery in self.held.values():
-                delivery.reply = b""
-            self.held.clear()
-        self.born = stream["created"]
-
-    def restart(self) -> None:
-        """Withdraws every request and starts with a new inbox."""
-        self.stop()
-        self.open()
-
-    def check(self) -> bool:
-        """False when the server has been silent for too long; the requests are then withdrawn."""
-        if not self.requested or not self._link.connected or self._clock() - self._heard < _SILENCE:
-            return True
-        self.restart()
-        return False
-
-    def _on_message(self, subject: bytes, reply: bytes, header: bytes | None, body: bytes) -> None:
-        self._heard = self._clock()
-        if reply.startswith(b"$JS.ACK."):
-            if self.requested:
-                self.requested -= 1
-            self._receive(subject, reply, header, body)
-            return
-        code, words = status_of(header)
-        if code == 100:
-            return
-        left = headers_of(header).get("Nats-Pending-Messages", "")
-        if left.isdigit():
-            self.requested = max(0, self.requested - int(left))
-        elif code:
-            self.requested = 0
-        if code == 503:
-            self._lost(self, "the stream or consumer does not answer", True)
-        elif code == 409 and "deleted" in words.lower():
-            self._lost(self, words, True)
-        else:  # 408 expired, 404 nothing, other 409: ask again
-            self._lost(self, words, False)
-
-
-class Record:
-    """A history as it is stored: with the delivery that it accounts for, and the stamp of the event it is about."""
-
-    __slots__ = ("count", "history", "reply", "stamp")
-
-    def __init__(self, history: History, count: int, stamp: bytes, reply: bytes) -> None:
-        self.history = history
-        self.count = count
-        self.stamp = stamp
-        self.reply = reply
-
-    def encode(self) -> bytes:
-        known = self.history.encode()[:-1]  # "{" or '{"attempts":1'
-        comma = b"," if len(known) > 1 else b""
-        return b'%b%b"~n":%d,"~t":"%b","~r":"%b"}' % (known, comma, self.count, self.stamp, self.reply)
-
-    @classmethod
-    def decode(cls, data: bytes) -> Record | None:
-        try:
-            raw = json.loads(data)
-            reply = str(raw["~r"])
-            if not reply.startswith("$JS.ACK.") or len(reply.split()) > 1:
-                return None
-            return cls(History.decode(data), int(raw["~n"]), str(raw["~t"]).encode(), reply.encode())
-        except (ValueError, KeyError, TypeError):
-            return None  # not ours: whoever wrote it, the event is then as good as fresh
-
-
-class Vigil(ABC):
-    """State and upkeep of a NatsConsumer."""
-
-    def __init__(self, connection: NatsConnection, subscription: Subscription, slot: str) -> None:
         self._connection = connection
         self._link = connection.link
         self._client = connection.link.client
         self._subscription = subscription
-        self._channel = connection.topology.channels[subscription.channel]
+        self._channel = channel = connection.topology.channels[subscription.channel]
         self._slot = slot
+        self._pull = pull  # asks the server for what there is room for
         names = connection.names
         stream, durable = connection.place(subscription)
         self._histories = names.histories(stream, durable)
         self._state = names.state
-        self._purge = f"{self._link.api_root}STREAM.PURGE.{names.state}".encode()
         self._prefix = len(connection.broker.prefix.encode())
         self._redriven, redriven = names.redriven(stream, durable)
         self._bell = names.bell(stream, durable)
-        self._bell_sid = b""
+        self._bell_sid = b"0"  # of no subscription
         self._ringing = False  # redriven events are there, or were
-        self._main = Lane(self._link, stream, durable, self._on_main, self._on_late, self._on_lost)
-        self._redrive = Lane(self._link, names.inbox, redriven, self._on_redrive, self._on_late, self._on_lost)
-        self._due = Lane(self._link, names.later, names.relay, self._on_due, self._on_late, self._on_lost)
+        self._main = Lane(self._link, stream, durable, receive[0], self._on_lost)
+        self._redrive = Lane(self._link, names.inbox, redriven, receive[1], self._on_lost, "r")
+        self._due = Lane(self._link, names.later, names.relay, receive[2], self._on_lost)
         self._lanes = [self._main, self._redrive, *([self._due] if connection.schedules else [])]
+        self._nak = self._main.nak
         self._moving = 0  # delayed events on their last step
-        self._send = connection.producer().send
-        channel = self._channel
+        self._producer = connection.producer()
         exact = set(subscription.events) == set(channel.events) and not channel.external and not channel.dead_letters
-        self._trimmed = Trimmed(connection, stream, self._histories + LOST, exact, self._alarm)
+        self._trimmed = Trimmed(
+            connection, stream, self._histories + LOST, exact, lambda message: self._sink.alarm(message)
+        )
         self._looked = 0.0
-        self._sink: Sink | None = None
+        self._sink: Sink  # given by open()
         self._free = 0
         self._looking = 0  # redeliveries whose history is being read
         self._batch: list[NatsDelivery] = []
@@ -205,27 +83,6 @@ class Vigil(ABC):
         self._lease = ACK_WAIT  # as the server has it
         self._clock = asyncio.get_running_loop().time
 
-    @abstractmethod
-    def _on_main(self, subject: bytes, reply: bytes, header: bytes | None, body: bytes) -> None:
-        """An event of the channel."""
-
-    @abstractmethod
-    def _on_redrive(self, subject: bytes, reply: bytes, header: bytes | None, body: bytes) -> None:
-        """A redriven event."""
-
-    @abstractmethod
-    def _on_due(self, subject: bytes, reply: bytes, header: bytes | None, body: bytes) -> None:
-        """A delayed event whose time has come."""
-
-    @abstractmethod
-    def _pull(self) -> None:
-        """Asks the server for what there is room for."""
-
-    def _on_late(self, _subject: bytes, reply: bytes, _header: bytes | None, _body: bytes) -> None:
-        """Arrived after its request was withdrawn: somebody else may have it."""
-        if reply.startswith(b"$JS.ACK."):
-            self._nak(reply, 0)
-
     def demand(self, free: int) -> None:
         self._free = free
         self._ask()
@@ -238,14 +95,13 @@ class Vigil(ABC):
     async def _prepare(self) -> None:
         """Reads position and histories. Raises ResourceMissing or BrokerUnavailable."""
         await self._look()
-        inbox, due = self._redrive, self._due
-        held = await self._link.api(f"STREAM.INFO.{inbox.stream}", {"subjects_filter": self._redriven})
-        inbox.of(held)
-        if held["state"].get("subjects"):
-            await self._link.api(f"CONSUMER.INFO.{inbox.stream}.{inbox.durable}")
+        inbox = await self._link.api(f"STREAM.INFO.{self._redrive.stream}", {"subjects_filter": self._redriven})
+        self._redrive.of(inbox)
+        if inbox["state"].get("subjects"):
+            await self._redrive.info()
             self._ringing = True
-        if due in self._lanes:
-            await self._link.api(f"CONSUMER.INFO.{due.stream}.{due.durable}")
+        if self._due in self._lanes:
+            await self._due.info()
         known: dict[str, Record] = {}
         async for raw in self._link.read(self._state, subject=self._histories + "*"):
             suffix = raw.subject.rpartition(".")[2]
@@ -266,7 +122,7 @@ class Vigil(ABC):
 
     def _on_lost(self, lane: Lane, reason: str, missing: bool) -> None:
         if missing and self._reading:
-            self._resume(f"{lane.stream}/{lane.durable}: {reason}")
+            self._resume(f"{lane}: {reason}")
         else:
             self._ask()
 
@@ -315,9 +171,9 @@ class Vigil(ABC):
         except OrchestratorError as error:
             self._say(f"{missing.message}; {error.message}")
             await asyncio.sleep(0.75)
-            return
-        for what in healed:
-            self._alarm(f"{what} was deleted from outside and has been created again")
+        else:
+            for what in healed:
+                self._sink.alarm(f"{what} was deleted from outside and has been created again")
 
     async def _watch(self) -> None:
         """Once a second: lost requests; each third of a lease: extends what is unsettled."""
@@ -329,7 +185,7 @@ class Vigil(ABC):
             if self._reading and self._resuming is None:
                 quiet = [lane for lane in self._lanes if not lane.check()]
                 if quiet:
-                    self._resume(f"no sign of life of {quiet[0].stream}/{quiet[0].durable}")
+                    self._resume(f"no sign of life of {quiet[0]}")
             now = self._clock()
             if self._reading and now - self._looked >= _LOOK:
                 self._looked = now
@@ -345,10 +201,9 @@ class Vigil(ABC):
     async def _look(self) -> None:
         """What the server says of the subscription: its position, its lease, and whether events went unread. `_floor`
         is for logs, where it can only be too low; in a queue settled is what the stream no longer holds."""
-        lane = self._main
-        info = await self._link.api(f"CONSUMER.INFO.{lane.stream}.{lane.durable}")
-        stream = await self._link.api(f"STREAM.INFO.{lane.stream}")
-        lane.of(stream)
+        info = await self._main.info()
+        stream = await self._link.api(f"STREAM.INFO.{self._main.stream}")
+        self._main.of(stream)
         self._floor = int(info["ack_floor"]["stream_seq"])
         self._lease = float(info["config"]["ack_wait"]) / 1e9
         await self._trimmed.look(info, int(stream["state"]["first_seq"]))
@@ -363,23 +218,13 @@ class Vigil(ABC):
             pass  # the pull loop reports and heals; the next look finds it
 
     def _forget(self, subject: str) -> None:
-        body = json.dumps({"filter": subject}).encode()
-        self._client.send(b"PUB %b %d\r\n%b\r\n" % (self._purge, len(body), body))
-
-    def _nak(self, reply: bytes, delay: float) -> None:
-        body = b'-NAK {"delay":%d}' % (delay * 1e9) if delay > 0 else b"-NAK"
-        self._client.send(b"PUB %b %d\r\n%b\r\n" % (reply, len(body), body))
-
-    # --- saying so ---
+        body = json.dumps({"filter": subject})
+        self._client.send(f"PUB {self._link.api_root}STREAM.PURGE.{self._state} {len(body)}\r\n{body}\r\n".encode())
 
     def _say(self, reason: str | None) -> None:
-        if reason != self._trouble and self._sink is not None:
+        if reason != self._trouble:
             self._trouble = reason
             self._sink.trouble(reason)
-
-    def _alarm(self, message: str) -> None:
-        if self._sink is not None:
-            self._sink.alarm(message)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work, name=f"nats-{self._slot}")
