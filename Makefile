@@ -12,7 +12,7 @@ demo: .venv/.core  ## the content pipeline on an embedded NATS server, told step
 
 test: .venv/.dev lint  ## everything; installs what it needs
 	@bash tests/servers/install.sh
-	$(BIN)/python -m pytest -m "not soak" -n $(JOBS) --dist worksteal || { \
+	$(BIN)/python -m pytest -m "not soak" -n $(JOBS) || { \
 	    [ $$? -eq 1 ] && echo "== once more, by itself: what failed beside others; it must pass now" && \
 	    $(BIN)/python -m pytest -m "not soak" --last-failed --last-failed-no-failures none; }
 

@@ -9,8 +9,15 @@ import os
 from collections.abc import Iterator
 
 import pytest
+from xdist.remote import Producer
 
+from tests.scheduling import Scheduling
 from tests.servers import kafka, nats, redis
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Scheduling:
+    return Scheduling(config, log)
 
 
 def missing(what: str) -> None:

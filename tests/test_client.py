@@ -10,7 +10,8 @@ import pytest
 from orchestrator import Client
 from orchestrator.errors import BrokerUnavailable, PayloadError, RequestTimeout, RoutingError
 from tests.patience import PATIENCE
-from tests.servers.nats import NatsServer, free_port
+from tests.servers.nats import NatsServer
+from tests.servers.ports import free_port
 from tests.worker.harness import staged
 from tests.worker.test_process import topology
 

@@ -11,6 +11,7 @@ from tests.conftest import missing
 from tests.faults.rig import TOPOLOGY, Site
 from tests.servers import kafka, nats, redis
 from tests.servers.certificates import Certificate, certificate
+from tests.servers.ports import free_port
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def url(request: pytest.FixtureRequest, ours: Certificate) -> Iterator[str]:
     elif request.param == "redis":
         if redis.find_binary() is None:
             missing("redis-server")
-        port = redis.free_port()
+        port = free_port()
         files = ["--tls-cert-file", cert, "--tls-key-file", key, "--tls-ca-cert-file", cert]
         redis_server = redis.RedisServer("--tls-port", str(port), *files).start()
         yield f"rediss://127.0.0.1:{port}"

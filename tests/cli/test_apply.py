@@ -14,7 +14,8 @@ import pytest
 from tests.cli.conftest import TOPOLOGY
 from tests.cli.rig import Folder
 from tests.patience import PATIENCE
-from tests.servers.nats import NatsServer, free_port
+from tests.servers.nats import NatsServer
+from tests.servers.ports import free_port
 
 SMALLER = TOPOLOGY.replace("parcels: {", "parcels: {retention: {max_events: 1}, ")
 RIVAL = TOPOLOGY.replace("name: shop", "name: rival").replace("parcels: {", "parcels: {address: shop-parcels, ")

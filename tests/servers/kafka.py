@@ -17,6 +17,7 @@ from pathlib import Path
 
 from tests.patience import PATIENCE
 from tests.servers.certificates import Certificate
+from tests.servers.ports import free_port
 
 VERSION = "4.3.1"
 USER, PASSWORD = "agents", "s3cret-agents"
@@ -65,12 +66,6 @@ def jars() -> Path:
     if not _JARS.exists():  # another run may have been quicker
         fresh.rename(_JARS)
     return _JARS
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class KafkaServer:

