@@ -10,6 +10,8 @@ import socket
 import stat
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -124,6 +126,26 @@ async def test_server_that_dies_is_started_again_on_its_port(plan: Topology) -> 
         await finished(made.connection.producer().send, made.event())
         await sink.take()
         await consumer.close()
+
+
+async def test_server_that_is_being_started_when_the_last_leaves_is_ended(
+    plan: Topology, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enter, begun, ended = server._enter, threading.Event(), threading.Event()
+
+    def slowly(home: Path, users: int, name: str) -> server._Record:
+        begun.set()
+        time.sleep(0.5)  # meanwhile the last one leaves
+        found = enter(home, users, name)
+        ended.set()
+        return found
+
+    async with serving(plan):
+        monkeypatch.setattr(server, "_enter", slowly)
+        os.kill(record(plan)["pid"], signal.SIGKILL)
+        await until(begun.is_set, "it is being started again")
+    assert ended.is_set(), "it goes on behind our back"
+    assert not runs(record(plan)["pid"])
 
 
 async def test_terminal_interrupt_does_not_reach_it(plan: Topology) -> None:

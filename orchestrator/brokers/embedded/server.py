@@ -14,7 +14,6 @@ import fcntl
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sysconfig
@@ -41,20 +40,18 @@ class _Record:
     def url(self) -> str:
         return f"nats://{_HOST}:{self.port}"
 
-    def process(self) -> psutil.Process | None:
-        """The running server, or None."""
+    def runs(self) -> bool:
         try:
             process = psutil.Process(self.pid)
-            alive = abs(process.create_time() - self.started) < 1.0 and process.status() != psutil.STATUS_ZOMBIE
+            return abs(process.create_time() - self.started) < 1.0 and process.status() != psutil.STATUS_ZOMBIE
         except psutil.NoSuchProcess:
-            return None
-        return process if alive else None
+            return False
 
 
 def running_url(state_dir: Path) -> str:
     """Where the embedded server of this folder listens. Raises BrokerUnavailable when none runs."""
-    record = _read(state_dir / "nats")
-    if record is None or record.process() is None:
+    record = _running(state_dir / "nats")
+    if record is None:
         raise BrokerUnavailable(
             "the embedded NATS server is not running", hint="start the topology with `orchestrator dev` or `apply`"
         )
@@ -70,7 +67,7 @@ async def serving(state_dir: Path, name: str) -> AsyncIterator[str]:
     users = os.open(home / "users", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         record = await asyncio.to_thread(_enter, home, users, name)
-        watch = asyncio.create_task(_keep_running(home, name), name="embedded-nats")
+        watch = asyncio.create_task(_keep_running(home, users, name), name="embedded-nats")
         try:
             yield record.url
         finally:
@@ -81,24 +78,23 @@ async def serving(state_dir: Path, name: str) -> AsyncIterator[str]:
         os.close(users)
 
 
-async def _keep_running(home: Path, name: str) -> None:
+async def _keep_running(home: Path, users: int, name: str) -> None:
     while True:
         await asyncio.sleep(0.5)
-        record = _read(home)
-        if record is None or record.process() is None:
-            with contextlib.suppress(OrchestratorError):  # tried again in half a second; workers say that it is gone
-                await asyncio.to_thread(_ensure, home, name)
+        if _running(home) is None:
+            starting = asyncio.ensure_future(asyncio.to_thread(_enter, home, users, name))
+            try:
+                await asyncio.shield(starting)
+            except OrchestratorError:
+                pass  # tried again in half a second; workers say that it is gone
+            finally:  # a thread goes on when it is cancelled: nobody would end what it starts after we have left
+                await asyncio.gather(starting, return_exceptions=True)
 
 
 def _enter(home: Path, users: int, name: str) -> _Record:
     with _locked(home):
         fcntl.flock(users, fcntl.LOCK_SH)
-        return _found_or_started(home, name)
-
-
-def _ensure(home: Path, name: str) -> None:
-    with _locked(home):
-        _found_or_started(home, name)
+        return _running(home) or _started(home, name)
 
 
 def _leave(home: Path, users: int) -> None:
@@ -107,10 +103,9 @@ def _leave(home: Path, users: int) -> None:
             fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return  # others still use it; the last one ends it
-        record = _read(home)
-        process = record.process() if record is not None else None
-        if process is not None:
-            _end(process)
+        record = _running(home)
+        if record is not None:
+            _end(psutil.Process(record.pid))
 
 
 @contextlib.contextmanager
@@ -123,14 +118,10 @@ def _locked(home: Path) -> Iterator[None]:
         os.close(lock)
 
 
-def _found_or_started(home: Path, name: str) -> _Record:
-    record = _read(home)
-    if record is not None and record.process() is not None:
-        return record
-    ports = [record.port] if record is not None and _free(record.port) else []
-    failure = ""
-    for port in [*ports, 0, 0]:
-        record, failure = _start(home, name, port or _any_port())
+def _started(home: Path, name: str) -> _Record:
+    before, failure = _read(home), ""
+    for wanted in [before.port if before is not None else 0, 0, 0]:  # clients know the port that it had
+        record, failure = _start(home, name, _free_port(wanted) or _free_port())
         if record is not None:
             return record
     raise BrokerUnavailable(
@@ -171,18 +162,13 @@ _children: dict[int, subprocess.Popen[bytes]] = {}
 
 def _end(process: psutil.Process) -> None:
     child = _children.pop(process.pid, None)
-    try:
-        process.send_signal(signal.SIGTERM)
-        if child is not None:
-            child.wait(_END)
-        else:
-            process.wait(_END)
-    except psutil.NoSuchProcess:
-        return
-    except (subprocess.TimeoutExpired, psutil.TimeoutExpired):
-        process.kill()
-        if child is not None:
-            child.wait()
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process.terminate()
+        try:
+            (child or process).wait(_END)
+        except (subprocess.TimeoutExpired, psutil.TimeoutExpired):
+            process.kill()
+            (child or process).wait()
 
 
 def _answers(port: int) -> bool:
@@ -193,20 +179,20 @@ def _answers(port: int) -> bool:
         return False
 
 
-def _free(port: int) -> bool:
+def _free_port(wanted: int = 0) -> int:
+    """`wanted`, or 0 when that is taken; of 0, any."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((_HOST, port))
+            probe.bind((_HOST, wanted))
         except OSError:
-            return False
-    return True
-
-
-def _any_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((_HOST, 0))
+            return 0
         return int(probe.getsockname()[1])
+
+
+def _running(home: Path) -> _Record | None:
+    record = _read(home)
+    return record if record is not None and record.runs() else None
 
 
 def _read(home: Path) -> _Record | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import importlib
 import json
 import re
@@ -15,7 +16,6 @@ import ssl
 from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass
 from datetime import datetime
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -23,13 +23,13 @@ from urllib.parse import urlsplit
 import nats.errors
 
 from orchestrator.brokers.nats.internals import FastClient
+from orchestrator.brokers.nats.resources import headers_of, status_of
 from orchestrator.errors import BrokerError, BrokerUnavailable, OrchestratorError, ResourceMissing
 from orchestrator.topology.model import Auth, Broker
 
 T = TypeVar("T")
 Json = dict[str, Any]
 _NOT_FOUND = frozenset({10059, 10014, 10037})  # stream, consumer, message
-_TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 
 
 class ApiError(BrokerError):
@@ -51,41 +51,6 @@ class Raw:
     time: float
 
 
-@lru_cache(4096)
-def _sendable(name: str) -> bool:
-    return _TOKEN.fullmatch(name) is not None
-
-
-@lru_cache(4096)
-def is_public(name: str) -> bool:
-    """Whether a header of this name is the event's own and can be sent: Nats-* are mechanics of the wire."""
-    return _sendable(name) and not name.lower().startswith("nats-")
-
-
-def headers_of(block: bytes | None, wanted: Callable[[str], bool] = _sendable) -> dict[str, str]:
-    """The headers of a block as text; names that no one could send again are left out."""
-    found: dict[str, str] = {}
-    if block:
-        for line in block.decode("utf-8", "surrogateescape").split("\r\n")[1:]:
-            name, colon, value = line.partition(":")
-            if colon and wanted(name):
-                found[name] = value.strip()
-    return found
-
-
-def public_headers(block: bytes | None) -> dict[str, str]:
-    return headers_of(block, is_public)
-
-
-def status_of(block: bytes | None) -> tuple[int, str]:
-    """(code, words) of an inline status such as `NATS/1.0 503`, or (0, "")."""
-    if block is None or not block.startswith(b"NATS/1.0 "):
-        return 0, ""
-    line = block[9 : block.find(b"\r\n")].decode("ascii", "replace")
-    code = line[:3]
-    return (int(code), line[4:].strip()) if code.isdigit() else (0, line)
-
-
 def when(text: str) -> float:
     """Unix seconds, to a microsecond, of an RFC 3339 text."""
     return datetime.fromisoformat(text).timestamp()
@@ -98,7 +63,7 @@ class Link:
         self.client = client
         self.url = url
         self.listeners: list[Callable[[bool], None]] = []
-        self.denied: list[Callable[[str], None]] = []  # told the subject, in lower case, that we may not publish to
+        self.denied: Callable[[str], None] = lambda subject: None  # told, in lower case, where we may not publish
         self.closed_reason: str | None = None
         self.api_root = f"$JS.{domain}.API." if domain else "$JS.API."
         self.inbox = f"_INBOX.{secrets.token_hex(11)}."
@@ -106,8 +71,7 @@ class Link:
         self._waiting: dict[bytes, Callable[[bytes | None, bytes], None]] = {}
         self._count = 0
         self._loop = asyncio.get_running_loop()
-        self._open = False  # True once the first connection stands
-        self._closing = False
+        self._open = False  # True from the first connection to close()
         self._reopening: asyncio.Task[None] | None = None
 
     def opened(self) -> None:
@@ -157,9 +121,8 @@ class Link:
             async with asyncio.timeout(timeout):  # (wait_for forgets a cancellation that comes with the answer)
                 return await answer
         except TimeoutError:
-            raise BrokerUnavailable(
-                f"no answer from NATS at {self.url}", hint="is the server up, or overloaded?"
-            ) from None
+            what = f"no answer from NATS at {self.url}"
+            raise BrokerUnavailable(what, hint="is the server up, or overloaded?") from None
         finally:
             del self._waiting[token]
 
@@ -247,8 +210,7 @@ class Link:
             self.closed_reason = text.removeprefix("nats: ")
         denied = re.search(r'permissions violation for publish to "?([^"\s]+)', text, re.IGNORECASE)
         if denied is not None:
-            for tell in self.denied:
-                tell(denied[1].lower())
+            self.denied(denied[1].lower())
 
     def changed(self, up: bool) -> None:
         if up:
@@ -259,7 +221,7 @@ class Link:
 
     def given_up(self, options: Json) -> None:
         """The server ended the connection for good (credentials revoked, say): nats-py stops then, we do not."""
-        if self._closing or not self._open:
+        if not self._open:
             return
         self.closed_reason = str(self.client.last_error or "closed by the server")
         self.changed(False)
@@ -281,17 +243,15 @@ class Link:
 
     async def close(self) -> None:
         """Sends what is queued and closes."""
-        self._closing = True
+        self._open = False
         if self._reopening is not None:
             self._reopening.cancel()
             await asyncio.gather(self._reopening, return_exceptions=True)
         self.listeners.clear()
         self.client.flush_frames()
-        if self.connected:
-            try:
+        if self.connected:  # if it breaks while it is being closed, what was unconfirmed is redelivered
+            with contextlib.suppress(nats.errors.Error, OSError, TimeoutError):
                 await self.client.flush(timeout=2)
-            except (nats.errors.Error, OSError, TimeoutError):
-                pass  # the connection broke while it was being closed: what was unconfirmed is redelivered
         await self.client.close()
 
 
@@ -372,9 +332,8 @@ def _credentials(auth: Auth, where: str, root: Path) -> Json:
             try:
                 nkeys = importlib.import_module("nkeys")  # an extra: only these two mechanisms need it
             except ModuleNotFoundError:
-                raise OrchestratorError(
-                    f"{where}: {auth.mechanism} needs the package nkeys", hint="pip install 'orchestrator[nkeys]'"
-                ) from None
+                what = f"{where}: {auth.mechanism} needs the package nkeys"
+                raise OrchestratorError(what, hint="pip install 'orchestrator[nkeys]'") from None
             if auth.mechanism == "nkey":
                 _key_pair(nkeys, auth.seed or "", f"{where}.seed")
                 return {"nkeys_seed_str": auth.seed}
@@ -426,8 +385,6 @@ def _tls(broker: Broker, root: Path) -> Json:
         if tls.cert:
             context.load_cert_chain(str(root / tls.cert), str(root / tls.key) if tls.key else None)
     except (OSError, ssl.SSLError) as error:
-        raise OrchestratorError(
-            f"brokers.{broker.name}.tls: {error}",
-            hint="the files must be PEM and readable; paths start at the topology file",
-        ) from None
+        hint = "the files must be PEM and readable; paths start at the topology file"
+        raise OrchestratorError(f"brokers.{broker.name}.tls: {error}", hint=hint) from None
     return {"tls": context}

@@ -16,15 +16,17 @@ from datetime import datetime
 from orchestrator.brokers import base
 from orchestrator.brokers.base import Capabilities, Fact, Lag, Outgoing, Start, Stored
 from orchestrator.brokers.nats import resources
-from orchestrator.brokers.nats.client import ApiError, Link, Raw, open_link, public_headers, when
+from orchestrator.brokers.nats.client import ApiError, Link, Raw, open_link, when
 from orchestrator.brokers.nats.consumer import NatsConsumer
-from orchestrator.brokers.nats.producer import NatsProducer, head
+from orchestrator.brokers.nats.producer import NatsProducer
 from orchestrator.brokers.nats.resources import (
     ACK_WAIT,
     LOST,
     REDRIVEN_TYPE,
     filters_of,
+    head,
     letters_root,
+    public_headers,
     safe,
     start_policy,
 )

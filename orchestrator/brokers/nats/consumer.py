@@ -18,10 +18,17 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from orchestrator.brokers.base import FRESH, Delivery, Done, History, Left, Outgoing, Sink
-from orchestrator.brokers.nats.client import headers_of, public_headers
 from orchestrator.brokers.nats.lane import NatsDelivery, Record
-from orchestrator.brokers.nats.producer import SUBJECT, head
-from orchestrator.brokers.nats.resources import LATER_CHANNEL, LATER_ID, LATER_SUBJECT, REDRIVEN_TYPE
+from orchestrator.brokers.nats.resources import (
+    LATER_CHANNEL,
+    LATER_ID,
+    LATER_SUBJECT,
+    REDRIVEN_TYPE,
+    SUBJECT,
+    head,
+    headers_of,
+    public_headers,
+)
 from orchestrator.brokers.nats.vigil import DUE_ROOM, Vigil
 from orchestrator.errors import OrchestratorError
 from orchestrator.topology.model import Mode, Subscription

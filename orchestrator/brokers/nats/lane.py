@@ -11,8 +11,9 @@ import secrets
 from collections.abc import Callable
 
 from orchestrator.brokers.base import FRESH, Delivery, History
-from orchestrator.brokers.nats.client import Json, Link, headers_of, public_headers, status_of
+from orchestrator.brokers.nats.client import Json, Link
 from orchestrator.brokers.nats.internals import Receive
+from orchestrator.brokers.nats.resources import headers_of, public_headers, status_of
 
 _EXPIRES = 30.0  # seconds a request stays with the server
 _HEARTBEAT = 1.0  # seconds between the server's signs of life while there is nothing

@@ -7,9 +7,9 @@ again: the stream's dedup window makes that one event.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import json
-import re
 import secrets
 import time
 from collections.abc import Callable
@@ -17,8 +17,18 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from orchestrator.brokers.base import Done, Outgoing
-from orchestrator.brokers.nats.client import is_public, status_of
-from orchestrator.brokers.nats.resources import LATER_CHANNEL, LATER_ID, LATER_SUBJECT, letters_root, safe
+from orchestrator.brokers.nats.resources import (
+    LATER_CHANNEL,
+    LATER_ID,
+    LATER_SUBJECT,
+    SUBJECT,
+    escape,
+    head,
+    letters_root,
+    safe,
+    status_of,
+    subject_of,
+)
 from orchestrator.errors import BrokerError, BrokerUnavailable, PublishRejected, RefusedError, ResourceMissing
 from orchestrator.topology.model import Channel
 
@@ -29,7 +39,6 @@ _TICK = 1.0  # seconds
 _RESEND_AFTER = 4  # ticks without an acknowledgement until the same frame is sent again
 _UNSENT = 0  # instead of the tick in which it was sent
 _MAX_MESSAGES, _MAX_BYTES = 4096, 16 << 20  # unconfirmed, until `ready` is False
-_MAX_CACHED = 4096  # subjects; event types come from users, so the cache is bounded
 
 #: err_codes that pass: the stream has no leader or cannot store just now.
 _PASSING = frozenset({10008, 10009})
@@ -37,10 +46,6 @@ _HINTS = {
     10077: "the channel is full: handle its events, or raise `retention`, or set `overflow: drop_oldest`",
     10054: "raise max_payload of the stream or publish a reference",
 }
-
-SUBJECT = re.compile(r"[^\s.*>\x00-\x1f\x7f]+(\.[^\s.*>\x00-\x1f\x7f]+)*")
-_CONTROL = re.compile(r"[\x00-\x1f\x7f%]")
-_LINE_BREAK = re.compile(r"[\r\n\x00]")
 
 #: A frame on its way: its bytes, where it goes (an internal stream by its name), whom to tell, when it was sent.
 _Publish = tuple[bytes, Channel | str, Done, int]
@@ -62,17 +67,17 @@ class NatsProducer:
         self._bytes = 0
         self._most = self._link.max_payload
         self._healing: dict[str, asyncio.Task[None]] = {}
-        self._waiters: list[asyncio.Future[None]] = []
-        self._emptied: asyncio.Event | None = None
+        self._room = asyncio.Event()  # unset while somebody waits for it, close() for all of it
+        self._room.set()
         self._closed = False
-        self._subjects: dict[str, bytes] = {}
+        self._prefix = connection.broker.prefix
         self._inbox = f"_INBOX.{secrets.token_hex(11)}.".encode()
         self._cut = len(self._inbox)
         self._client.listen(f"{self._inbox.decode()}*", self._on_ack)
         self._now = _UNSENT + 1  # ticks
         self._ticker = asyncio.create_task(self._watch(), name="nats-publish-watch")
         self._link.listeners.append(self._link_changed)
-        self._link.denied.append(self._denied)
+        self._link.denied = self._denied
 
     @property
     def ready(self) -> bool:
@@ -80,9 +85,8 @@ class NatsProducer:
 
     async def wait_ready(self) -> None:
         while not self.ready and not self._closed:
-            waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self._waiters.append(waiter)
-            await waiter
+            self._room.clear()
+            await self._room.wait()
 
     # --- events -----------------------------------------------------------------------------------------------
 
@@ -113,18 +117,7 @@ class NatsProducer:
             agent = safe(message.headers["dlq-agent"]) or "_"
             kind = message.event_type if SUBJECT.fullmatch(message.event_type) else "_"
             return f"{letters_root(message.channel)}.{agent}.{kind}".encode()
-        subject = self._subjects.get(message.event_type)
-        if subject is None:
-            if not SUBJECT.fullmatch(message.event_type) or message.event_type.startswith("$"):
-                raise PublishRejected(
-                    f"the event type {message.event_type!r} is no NATS subject",
-                    hint="use words joined by dots, without spaces, * and >",
-                )
-            subject = f"{self._connection.broker.prefix}{message.event_type}".encode()
-            if len(self._subjects) >= _MAX_CACHED:
-                self._subjects.clear()
-            self._subjects[message.event_type] = subject
-        return subject
+        return subject_of(message.event_type, self._prefix)
 
     def _later(self, message: Outgoing, target: str) -> tuple[bytes, str]:
         """Subject and headers of a delayed event: the server lets it go at its time, consumer.py moves it on."""
@@ -137,7 +130,7 @@ class NatsProducer:
         due = datetime.fromtimestamp(round(time.time() + message.delay, 3), UTC).isoformat().replace("+00:00", "Z")
         extra = (
             f"Nats-Schedule: @at {due}\r\nNats-Schedule-Target: {root}due\r\n"
-            f"{LATER_SUBJECT}: {target}\r\n{LATER_ID}: {_escape(message.message_id)}\r\n"
+            f"{LATER_SUBJECT}: {target}\r\n{LATER_ID}: {escape(message.message_id)}\r\n"
             f"{LATER_CHANNEL}: {message.channel.name}\r\n"
         )
         return f"{root}at.{unique}".encode(), extra
@@ -170,14 +163,10 @@ class NatsProducer:
 
     async def store(self, subject: str, header: bytes, body: bytes, home: str) -> None:
         """Publishes to an internal stream; returns when it is confirmed. Raises BrokerError."""
-        stored: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-        def done(error: BaseException | None) -> None:
-            if not stored.done():
-                stored.set_exception(error) if error is not None else stored.set_result(None)
-
-        self.publish(subject.encode(), header, body, home, done)
-        await stored
+        outcome: asyncio.Future[BaseException | None] = asyncio.get_running_loop().create_future()
+        self.publish(subject.encode(), header, body, home, lambda e: None if outcome.done() else outcome.set_result(e))
+        if (error := await outcome) is not None:
+            raise error
 
     def _on_ack(self, subject: bytes, _reply: bytes, header: bytes | None, body: bytes) -> None:
         if body.startswith(b'{"stream"'):
@@ -191,17 +180,9 @@ class NatsProducer:
             return  # the second answer to a frame that was sent again
         frame, _, done, _ = entry
         self._bytes -= len(frame)
-        if self._emptied is not None and not self._open:
-            self._emptied.set()
-        if self._waiters and self.ready:
-            self._wake()
+        if not self._room.is_set() and (not self._open if self._closed else self.ready):
+            self._room.set()
         done(error)
-
-    def _wake(self) -> None:
-        waiters, self._waiters = self._waiters, []
-        for waiter in waiters:
-            if not waiter.done():
-                waiter.set_result(None)
 
     def _refused(self, token: bytes, header: bytes | None, body: bytes) -> None:
         """Anything but a plain acknowledgement: a missing stream is made again, the rest is reported."""
@@ -272,41 +253,14 @@ class NatsProducer:
 
     async def close(self) -> None:
         """Waits a few seconds until everything is confirmed; reports what is left to those who sent it."""
-        if self._open and self._link.connected:
-            self._emptied = asyncio.Event()
-            try:
-                async with asyncio.timeout(3.0):
-                    await self._emptied.wait()
-            except TimeoutError:
-                pass  # reported below
         self._closed = True
+        if self._open and self._link.connected:
+            self._room.clear()
+            with contextlib.suppress(TimeoutError):  # what is left is reported below
+                async with asyncio.timeout(3.0):
+                    await self._room.wait()
         for task in (self._ticker, *self._healing.values()):
             task.cancel()
         await asyncio.gather(self._ticker, *self._healing.values(), return_exceptions=True)
         self._end_all(BrokerUnavailable("the connection was closed before NATS confirmed the event"))
-        self._wake()
-
-
-def head(message_id: str, correlation_id: str, headers: dict[str, str], extra: str = "") -> bytes:
-    """The header block. Ids are escaped where they could break a line; other headers must be safe as they are."""
-    ids = message_id + correlation_id
-    if not ids.isprintable() or "%" in ids:
-        message_id, correlation_id = _escape(message_id), _escape(correlation_id)
-    named = f"Nats-Msg-Id: {message_id}\r\n" if message_id else ""
-    text = f"NATS/1.0\r\n{named}correlation-id: {correlation_id}\r\n"
-    for name, value in headers.items():
-        if name != "traceparent":  # ours, in each event
-            if name.lower() == "correlation-id":
-                continue
-            if not is_public(name):
-                raise PublishRejected(
-                    f"{name!r} cannot be a header of an event", hint="Nats-* names are the server's own"
-                )
-        if not value.isprintable() and _LINE_BREAK.search(value):
-            raise PublishRejected(f"the header {name} holds a line break", hint="headers are one line of text")
-        text += f"{name}: {value}\r\n"
-    return f"{text}{extra}\r\n".encode("utf-8", "surrogateescape")
-
-
-def _escape(text: str) -> str:
-    return _CONTROL.sub(lambda found: f"%{ord(found[0]):02X}", text)
+        self._room.set()

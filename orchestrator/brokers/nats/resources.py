@@ -1,4 +1,4 @@
-"""Streams and consumers: how they are named, what a topology asks for, what a change of it means. Pure.
+"""What things are called on the server, headers, what a topology asks for, and what a change of it means. Pure.
 
 Walk `apply`, second step; streams.py carries out.
 """
@@ -6,9 +6,12 @@ Walk `apply`, second step; streams.py carries out.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 from orchestrator.brokers.base import Allowed, Desired, Observed, ResourceId, Setting, Verdict
+from orchestrator.errors import PublishRejected
 from orchestrator.topology.model import Broker, Channel, Mode, Overflow, Subscription, Topology
 
 ACK_WAIT = 30.0  # seconds: the lease of a delivery
@@ -22,6 +25,10 @@ LOST = "lost"
 #: Header of a redriven event: its type.
 REDRIVEN_TYPE = "Nats-Orchestrator-Type"
 
+SUBJECT = re.compile(r"[^\s.*>\x00-\x1f\x7f]+(\.[^\s.*>\x00-\x1f\x7f]+)*")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f%]")
+_LINE_BREAK = re.compile(r"[\r\n\x00]")
+_TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 _UNSAFE = re.compile(r"[\s.*>/\\\x00-\x1f\x7f]")
 
 
@@ -36,6 +43,17 @@ def safe(name: str) -> str:
 def letters_root(channel: Channel) -> str:
     """Dead letters lie under `<address>.<agent>.<event type>`: no pattern of an event type reaches them."""
     return ".".join(safe(token) for token in channel.address.split(".") if token)
+
+
+@lru_cache(4096)
+def subject_of(event_type: str, prefix: str) -> bytes:
+    """Where events of a type are published. Raises PublishRejected for what is no subject."""
+    if not SUBJECT.fullmatch(event_type) or event_type.startswith("$"):
+        raise PublishRejected(
+            f"the event type {event_type!r} is no NATS subject",
+            hint="use words joined by dots, without spaces, * and >",
+        )
+    return f"{prefix}{event_type}".encode()
 
 
 class Names:
@@ -63,6 +81,69 @@ class Names:
     def bell(self, stream: str, durable: str) -> str:
         """Rung when a redriven event lies in the inbox: workers pull from there only after that."""
         return f"$ORCHESTRATOR.bell.{self.scope}.{durable}--{stream}"
+
+
+# --- headers --------------------------------------------------------------------------------------------------
+
+
+@lru_cache(4096)
+def _sendable(name: str) -> bool:
+    return _TOKEN.fullmatch(name) is not None
+
+
+@lru_cache(4096)
+def is_public(name: str) -> bool:
+    """Whether a header of this name is the event's own and can be sent: Nats-* are mechanics of the wire."""
+    return _sendable(name) and not name.lower().startswith("nats-")
+
+
+def headers_of(block: bytes | None, wanted: Callable[[str], bool] = _sendable) -> dict[str, str]:
+    """The headers of a block as text; names that no one could send again are left out."""
+    found: dict[str, str] = {}
+    if block:
+        for line in block.decode("utf-8", "surrogateescape").split("\r\n")[1:]:
+            name, colon, value = line.partition(":")
+            if colon and wanted(name):
+                found[name] = value.strip()
+    return found
+
+
+def public_headers(block: bytes | None) -> dict[str, str]:
+    return headers_of(block, is_public)
+
+
+def status_of(block: bytes | None) -> tuple[int, str]:
+    """(code, words) of an inline status such as `NATS/1.0 503`, or (0, "")."""
+    if block is None or not block.startswith(b"NATS/1.0 "):
+        return 0, ""
+    line = block[9 : block.find(b"\r\n")].decode("ascii", "replace")
+    code = line[:3]
+    return (int(code), line[4:].strip()) if code.isdigit() else (0, line)
+
+
+def head(message_id: str, correlation_id: str, headers: dict[str, str], extra: str = "") -> bytes:
+    """The header block. Ids are escaped where they could break a line; other headers must be safe as they are."""
+    ids = message_id + correlation_id
+    if not ids.isprintable() or "%" in ids:
+        message_id, correlation_id = escape(message_id), escape(correlation_id)
+    named = f"Nats-Msg-Id: {message_id}\r\n" if message_id else ""
+    text = f"NATS/1.0\r\n{named}correlation-id: {correlation_id}\r\n"
+    for name, value in headers.items():
+        if name != "traceparent":  # ours, in each event
+            if name.lower() == "correlation-id":
+                continue
+            if not is_public(name):
+                raise PublishRejected(
+                    f"{name!r} cannot be a header of an event", hint="Nats-* names are the server's own"
+                )
+        if not value.isprintable() and _LINE_BREAK.search(value):
+            raise PublishRejected(f"the header {name} holds a line break", hint="headers are one line of text")
+        text += f"{name}: {value}\r\n"
+    return f"{text}{extra}\r\n".encode("utf-8", "surrogateescape")
+
+
+def escape(text: str) -> str:
+    return _CONTROL.sub(lambda found: f"%{ord(found[0]):02X}", text)
 
 
 # --- desired --------------------------------------------------------------------------------------------------
