@@ -32,7 +32,8 @@ _GULP = 500
 #: Deliveries kept ready in the loop beyond the free slots (nobody else could have them: their partition is ours), their
 #: bytes, and how many missing are worth a turn of the thread at once.
 STOCK, _STOCK_BYTES, ENOUGH = 256, 4 << 20, 64
-_PROBE = 2.0
+#: Seconds between looks at the broker's health, and at whether our name is free again.
+_PROBE, _FREE = 2.0, 0.5
 #: Finished records of a retry topic are deleted when so many are there.
 SWEEP = 1000
 
@@ -335,16 +336,16 @@ class Reader(threading.Thread):
             self._mover.admin.delete_records(finished)  # what fails goes with the next
 
     def _return(self) -> None:
-        """Fenced: either a successor has our name, or a broker that was away mistook an old request of ours for
-        another's. Only in the second case we join again; a successor is left alone while it lives."""
+        """Fenced: a successor has our name, or a broker that was away mistook an old request of ours for another's. The
+        group does not tell which (it keeps the client.id of the first that had the name: KAFKA-15704), but what is
+        nobody's ends with its session: then we join again. A successor is left alone while it lives."""
         self._run_commands()
         if time.monotonic() < self._probe_at:
             time.sleep(0.05)
             return
-        self._probe_at = time.monotonic() + _PROBE
+        self._probe_at = time.monotonic() + _FREE
         members = self._mover.admin.describe_consumer_groups([self._set.group])[self._set.group].result(5).members
-        ours = self._set.consumer["client.id"]
-        if any(m.group_instance_id == self._set.owner and m.client_id != ours for m in members):
+        if any(member.group_instance_id == self._set.owner for member in members):
             return
         fenced, self._consumer = self._consumer, self._open()
         fenced.close()
