@@ -16,6 +16,7 @@ from orchestrator.brokers.base import Delivery, Ended, History, Outgoing
 from orchestrator.brokers.nats import adapter
 from orchestrator.brokers.nats.connection import NatsConnection
 from orchestrator.brokers.nats.consumer import NatsConsumer
+from orchestrator.brokers.nats.resources import safe
 from orchestrator.topology.model import (
     Agent,
     Broker,
@@ -27,11 +28,12 @@ from orchestrator.topology.model import (
     Subscription,
     Topology,
 )
+from tests.patience import PATIENCE
 
 _numbers = itertools.count(int(time.time() * 1000))
 
 
-async def until(state: Callable[[], object], what: str, seconds: float = 10.0) -> None:
+async def until(state: Callable[[], object], what: str, seconds: float = PATIENCE) -> None:
     """Returns when `state()` is true; fails after `seconds`."""
     deadline = asyncio.get_running_loop().time() + seconds
     while not state():
@@ -70,7 +72,7 @@ class Recorder:
             return history
         return replace(history, attempts=history.attempts + 1, error="crashed")
 
-    async def take(self, count: int = 1, seconds: float = 10.0) -> list[Delivery]:
+    async def take(self, count: int = 1, seconds: float = PATIENCE) -> list[Delivery]:
         """The next `count` deliveries, removed from the record."""
         await until(lambda: len(self.deliveries) >= count, f"{count} deliveries", seconds)
         taken, self.deliveries = self.deliveries[:count], self.deliveries[count:]
@@ -105,6 +107,14 @@ class Rig:
         sink = Recorder()
         await consumer.open(sink)
         return consumer, sink
+
+    def place(self, agent: str) -> tuple[str, str]:
+        """(stream, durable) of its subscription"""
+        return self.connection.place(self.subscription(agent))
+
+    async def delete(self, channel: str) -> None:
+        """Its stream, as somebody else would."""
+        await self.connection.link.api(f"STREAM.DELETE.{safe(self.channel(channel).address)}")
 
     def event(self, kind: str = "task.assigned", channel: str = "tasks", **changes: Any) -> Outgoing:
         number = next(_numbers)
@@ -163,3 +173,14 @@ async def rig(url: str, plan: Topology | None = None, *, apply: bool = True) -> 
         yield made
     finally:
         await connection.close()
+
+
+@asynccontextmanager
+async def reading(
+    url: str, agent: str = "research", plan: Topology | None = None
+) -> AsyncIterator[tuple[Rig, NatsConsumer, Recorder]]:
+    """A rig and a consumer that is open, with nothing demanded yet."""
+    async with rig(url, plan) as made:
+        consumer, sink = await made.consumer(agent)
+        yield made, consumer, sink
+        await consumer.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from orchestrator.errors import BrokerUnavailable, OrchestratorError
 from orchestrator.topology.model import Auth, Tls
 from tests.nats.jwts import Operator, new_user
 from tests.nats.rig import Rig, rig, topology, until
+from tests.servers.certificates import certificate
 from tests.servers.nats import NatsServer
 
 
@@ -119,7 +119,7 @@ async def test_creds_that_are_revoked_are_said_and_replaced_ones_are_taken(tmp_p
             consumer, sink = await made.consumer()
             operator.revoke(user)
             server.reload(operator.config())
-            await until(lambda: "uthorization" in str(sink.troubles[-1:]), "the reason was told", 15)
+            await until(lambda: "uthorization" in str(sink.troubles[-1:]), "the reason was told")
             await refused(plan)
             file.write_text("half a fi")
             await until(lambda: "no user JWT" in str(sink.troubles[-1:]), "the broken file was told")
@@ -162,22 +162,15 @@ async def test_password_that_is_changed_and_changed_back() -> None:
             await works(made)
 
 
-def certificate(folder: Path) -> Tls:
-    """A certificate of our own for 127.0.0.1, for server and client alike."""
-    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=localhost"
-    command += " -addext subjectAltName=IP:127.0.0.1 -keyout key.pem -out cert.pem"
-    subprocess.run(command.split(), cwd=folder, check=True, capture_output=True)
-    return Tls(ca=str(folder / "cert.pem"), cert=str(folder / "cert.pem"), key=str(folder / "key.pem"))
-
-
 async def test_tls_with_client_certificate(tmp_path: Path) -> None:
-    tls = certificate(tmp_path)
+    made = certificate(tmp_path, "ours")
+    tls = Tls(ca=str(made.cert), cert=str(made.cert), key=str(made.key))
     with serving(
         f'tls {{ cert_file: "{tls.cert}", key_file: "{tls.key}", ca_file: "{tls.ca}", verify: true }}'
     ) as server:
         url = server.url.replace("nats:", "tls:")
-        async with rig(url, topology(url, tls=tls)) as made:
-            await works(made)
+        async with rig(url, topology(url, tls=tls)) as connected:
+            await works(connected)
         without = Tls(ca=tls.ca)  # the server asks for a certificate of ours
         unknown = Tls(cert=tls.cert, key=tls.key)  # we know nobody who vouches for the server's
         for wrong in (None, without, unknown):

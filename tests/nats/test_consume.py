@@ -14,9 +14,10 @@ import pytest
 
 from orchestrator.brokers.base import Ended, History, Left
 from orchestrator.brokers.nats.client import Raw
-from orchestrator.brokers.nats.resources import safe
+from orchestrator.brokers.nats.resources import ACK_WAIT, safe
 from orchestrator.errors import BrokerUnavailable, PublishRejected
 from tests.nats.rig import Rig, finished, rig, until
+from tests.patience import PATIENCE
 from tests.servers.nats import NatsServer
 
 
@@ -92,17 +93,16 @@ async def test_retry_keeps_the_history_and_holds_nobody_up(nats_server: NatsServ
         await made.publish(made.event(), made.event())
         consumer.demand(2)
         failed, other = await sink.take(2)
-        history = History(attempts=1, error="ValueError: no", not_before=time.time() + 0.5)
-        began = time.monotonic()
-        await finished(consumer.retry, failed, history, 0.5)
+        due = time.time() + 3
+        history = History(attempts=1, error="ValueError: no", not_before=due)
+        await finished(consumer.retry, failed, history, 3.0)
         await finished(consumer.settle, other, [])
         consumer.demand(2)
         await made.publish(made.event())
         (neighbour,) = await sink.take()
-        assert time.monotonic() - began < 0.4
         assert neighbour.position != failed.position
         (again,) = await sink.take()
-        assert 0.4 < time.monotonic() - began < 2
+        assert time.time() > due - 0.1
         assert again.position == failed.position
         assert again.history == history
         assert not again.redelivered
@@ -113,7 +113,7 @@ async def test_retry_keeps_the_history_and_holds_nobody_up(nats_server: NatsServ
 
 async def forgotten(made: Rig) -> None:
     """Waits until no history is stored."""
-    end = time.monotonic() + 5
+    end = time.monotonic() + PATIENCE
     while (await made.connection.link.api(f"STREAM.INFO.{made.connection.names.state}"))["state"]["messages"]:
         assert time.monotonic() < end, "the history was not forgotten"
         await asyncio.sleep(0.01)
@@ -127,7 +127,7 @@ async def test_released_event_comes_back_at_once_and_uncounted(nats_server: Nats
         (got,) = await sink.take()
         consumer.release([got])
         consumer.demand(1)
-        (again,) = await sink.take(seconds=2)
+        (again,) = await sink.take(seconds=ACK_WAIT / 2)
         assert again.position == got.position
         assert again.history.attempts == 0
         assert not again.redelivered
@@ -154,7 +154,7 @@ async def test_successor_takes_over_what_a_dead_worker_left(nats_server: NatsSer
         )
         heir.demand(8)
         by_position = {d.position: d for d in await found.take(2)}
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < ACK_WAIT / 2
         assert found.crashes == [(History(), Ended.STARTED), (History(), Ended.RETURNED)]
         assert by_position[first.position].history == History(attempts=1, error="crashed")
         assert by_position[second.position].history == History()
@@ -204,13 +204,13 @@ async def test_lost_host_is_seen_as_redelivered_until_marked(nats_server: NatsSe
         del lost._main.held[got.key]  # type: ignore[attr-defined]  # it extends no lease any more
         heir, found = await made.consumer(slot="research.1")
         heir.demand(1)
-        (again,) = await found.take(seconds=5)
+        (again,) = await found.take()
         assert again.redelivered
         marked = History(open=True)
         await finished(heir.mark, again, marked)
         heir.release([again])
         heir.demand(1)
-        (third,) = await found.take(seconds=5)
+        (third,) = await found.take()
         assert third.history == marked
         assert not third.redelivered
         await heir.close()
@@ -219,23 +219,23 @@ async def test_lost_host_is_seen_as_redelivered_until_marked(nats_server: NatsSe
 
 async def test_lease_is_extended_while_the_loop_runs(nats_server: NatsServer) -> None:
     async with rig(nats_server.url) as made:
-        await short_lease(made, 1.0)
+        await short_lease(made, 3.0)
         consumer, sink = await made.consumer()
         other, second = await made.consumer(slot="research.1")
         await made.publish(made.event())
         consumer.demand(1)
         await sink.take()
         other.demand(1)
-        await asyncio.sleep(2.5)  # two and a half leases: the absence of a second copy has no other sign
+        await asyncio.sleep(6.5)  # two leases: the absence of a second copy has no other sign
         assert not second.deliveries
         await consumer.close()
-        await second.take(seconds=3)
+        await second.take()
         await other.close()
 
 
 async def test_lease_is_extended_from_a_thread_while_the_loop_is_blocked(nats_server: NatsServer) -> None:
     async with rig(nats_server.url) as made, rig(nats_server.url, made.topology) as elsewhere:
-        await short_lease(made, 1.0)
+        await short_lease(made, 3.0)
         consumer, sink = await made.consumer()
         await made.publish(made.event())
         consumer.demand(1)
@@ -243,12 +243,12 @@ async def test_lease_is_extended_from_a_thread_while_the_loop_is_blocked(nats_se
         stop = threading.Event()
 
         def guard() -> None:
-            while not stop.wait(0.3):
+            while not stop.wait(0.5):
                 consumer.keep_alive()
 
         thread = threading.Thread(target=guard)
         thread.start()
-        time.sleep(2.5)  # (a handler that blocks the loop for two and a half leases)
+        time.sleep(6.5)  # (a handler that blocks the loop for two leases)
         stop.set()
         thread.join()
         info = await elsewhere.connection.link.api(
@@ -328,7 +328,7 @@ async def test_ten_thousand_delayed_retries_hold_up_nobody(nats_server: NatsServ
         total = 10_000
         for _ in range(10):
             await made.publish(*(made.event() for _ in range(total // 10)))
-        due = time.time() + 12
+        due = time.time() + 30
         waiting = asyncio.get_running_loop().create_future()
         counted = [0]
 
@@ -343,15 +343,15 @@ async def test_ten_thousand_delayed_retries_hold_up_nobody(nats_server: NatsServ
             d, replace(d.history, attempts=1, not_before=due), due - time.time(), done
         )
         consumer.demand(64)
-        await asyncio.wait_for(waiting, 11)
+        await waiting
+        assert time.time() < due - 3, "this machine is too slow to have them all wait at once"
         sink.deliveries.clear()
         sink.on_delivery = None
         fresh = made.event()
-        began = time.monotonic()
         await made.publish(fresh)
         (got,) = await sink.take()
         assert got.body == fresh.body
-        assert time.monotonic() - began < 1
+        assert time.time() < due
         lag = (await made.connection.lag([made.subscription("research")]))["research", "tasks"]
         assert lag.delayed == total
         sink.deliveries.clear()
@@ -362,7 +362,7 @@ async def test_ten_thousand_delayed_retries_hold_up_nobody(nats_server: NatsServ
 
         sink.on_delivery = settle
         consumer.demand(64)
-        await until(lambda: len(sink.deliveries) >= total, "all came back", 40)
+        await until(lambda: len(sink.deliveries) >= total, "all came back")
         assert time.time() >= due
         assert {d.history.attempts for d in sink.deliveries} == {1}
         assert len({d.position for d in sink.deliveries}) == total

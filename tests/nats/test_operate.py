@@ -14,6 +14,7 @@ from orchestrator.brokers.base import History, Stored
 from orchestrator.brokers.embedded.server import binary
 from orchestrator.errors import RefusedError, ResourceMissing
 from tests.nats.rig import finished, rig, topology, until
+from tests.patience import PATIENCE
 from tests.servers.nats import NatsServer
 
 
@@ -94,7 +95,7 @@ async def test_cancelling_in_the_moment_of_the_answer_is_not_forgotten(nats_serv
 
         (sid,) = [sid for sid, receive in link.client.direct.items() if receive == heard]
         link.client.direct[sid] = answered
-        await asyncio.wait([task], timeout=10)
+        await asyncio.wait([task], timeout=PATIENCE)
         assert task.cancelled()
 
 

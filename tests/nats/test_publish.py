@@ -15,6 +15,7 @@ from orchestrator.brokers.nats.resources import safe
 from orchestrator.errors import BrokerUnavailable, PublishRejected
 from orchestrator.topology.model import Auth, Retention
 from tests.nats.rig import finished, rig, topology, until
+from tests.patience import PATIENCE
 from tests.servers.nats import NatsServer
 
 
@@ -33,7 +34,7 @@ async def test_outside_subscriber_sees_subject_and_headers(nats_server: NatsServ
         await client.flush()
         message = made.event(headers={"traceparent": "00-ä"})
         await made.publish(message)
-        got = await subscription.next_msg(timeout=5)
+        got = await subscription.next_msg(timeout=PATIENCE)
         assert got.subject == f"{made.broker.prefix}task.assigned"
         assert got.data == message.body
         assert got.headers == {
@@ -119,12 +120,12 @@ async def test_delayed_event_arrives_at_its_time_though_the_server_was_killed() 
             soon, later = made.event(delay=0.3, headers={"traceparent": "00-2"}), made.event(delay=3.0)
             await made.publish(soon, later, soon)
             (first,) = await sink.take()
-            assert 0.25 < time.monotonic() - began < 1.5
+            assert time.monotonic() - began > 0.25
             assert (first.body, first.event_type) == (soon.body, "task.assigned")
             assert first.headers == {"correlation-id": soon.correlation_id, "traceparent": "00-2"}
             server.restart(kill=True)
             consumer.demand(8)
-            (second,) = await sink.take(seconds=15)
+            (second,) = await sink.take()
             assert time.monotonic() - began > 2.9
             assert second.body == later.body
             await asyncio.sleep(0.3)
@@ -175,7 +176,7 @@ async def test_publishing_survives_a_killed_server_once_each() -> None:
                 await asyncio.sleep(0.3)
                 server.start()
             await task
-            await until(lambda: len(confirmed) == total, "all were confirmed", 20)
+            await until(lambda: len(confirmed) == total, "all were confirmed")
             await until(lambda: made.connection.link.connected, "connected again")
             assert set(confirmed) == {None}
             assert await made.connection.count(made.channel("tasks")) == total
@@ -192,7 +193,7 @@ async def test_back_pressure_bounds_what_is_unconfirmed(nats_server: NatsServer)
             sent += 1
         assert sent <= 4096
         assert not confirmed
-        await asyncio.wait_for(producer.wait_ready(), 5)
+        await asyncio.wait_for(producer.wait_ready(), PATIENCE)
         assert confirmed
         await until(lambda: len(confirmed) == sent, "all were confirmed")
 
@@ -204,7 +205,7 @@ async def test_close_reports_what_was_never_confirmed() -> None:
         async with rig(server.url) as made:
             server.pause()
             made.connection.producer().send(made.event(), results.append)
-            await until(lambda: not made.connection.link.connected, "the frozen server was noticed", 6)
+            await until(lambda: not made.connection.link.connected, "the frozen server was noticed")
         assert isinstance(results[0], BrokerUnavailable)
     finally:
         server.close()
