@@ -77,6 +77,8 @@ class Foreground:
 
     def __init__(self, folder: Folder, args: tuple[str, ...]) -> None:
         self._log = folder.path / f"{args[0]}.foreground"
+        # A run that was started in the background ignores Ctrl-C, and its children would too.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         with self._log.open("wb") as log:
             self._process = subprocess.Popen([*COMMAND, *args], cwd=folder.path, stdout=log, stderr=log)
 
