@@ -44,7 +44,7 @@ class Control:
             except OSError:
                 data = b""
             if not data:
-                loop.remove_reader(self._socket)
+                loop.remove_reader(self._socket.fileno())
                 self.lost = True
                 ended()
                 return
@@ -52,10 +52,10 @@ class Control:
             for line in lines:
                 receive(json.loads(line))
 
-        loop.add_reader(self._socket, readable)
+        loop.add_reader(self._socket.fileno(), readable)  # asyncio would spell out a socket, to say it is a new one
 
     def unlisten(self) -> None:
-        asyncio.get_running_loop().remove_reader(self._socket)
+        asyncio.get_running_loop().remove_reader(self._socket.fileno())
 
     def at_end(self) -> bool:
         """Whether the supervisor has hung up, asked from another thread while the loop is blocked."""

@@ -79,7 +79,7 @@ def import_beside(root: Path, name: str, agent: str) -> ModuleType:
     place = str(root)
     if not sys.path or sys.path[0] != place:
         sys.path.insert(0, place)
-        importlib.invalidate_caches()
+        sys.path_importer_cache.pop(place, None)  # files may have come since somebody looked there
     _forget_namesake(root, name.partition(".")[0], agent)
     try:
         return importlib.import_module(name)

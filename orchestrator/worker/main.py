@@ -18,9 +18,9 @@ from typing import Any
 
 from orchestrator.brokers import registry
 from orchestrator.brokers.connections import Connections
-from orchestrator.errors import HandlerLoadError, OrchestratorError, RoutingError
+from orchestrator.errors import HandlerLoadError, OrchestratorError
 from orchestrator.event import EventType
-from orchestrator.topology.model import Agent, Topology
+from orchestrator.topology.model import Agent, Topology, matches
 from orchestrator.worker import handlers, journal, logs
 from orchestrator.worker.context import AgentContext
 from orchestrator.worker.control import Control
@@ -252,10 +252,11 @@ def brokers_of(topology: Topology, agent: Agent) -> set[str]:
     channels = {s.channel for s in agent.subscriptions} | {p.channel for p in agent.publish}
     if agent.dead_letter is not None:
         channels.add(agent.dead_letter)
-        try:
-            channels.add(topology.channel_for(EventType.AGENT_FAILED).name)
-        except RoutingError:
-            pass  # no channel routes agent.failed: none is published
+        channels |= {  # if any routes agent.failed, one is published too
+            channel.name
+            for channel in topology.channels.values()
+            if not channel.external and any(matches(pattern, EventType.AGENT_FAILED) for pattern in channel.events)
+        }
     return {topology.channels[name].broker for name in channels}
 
 

@@ -13,6 +13,7 @@ import logging
 import re
 from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import cached_property
 from typing import Any, cast
 
 from orchestrator.brokers.base import Desired, Observed, ResourceId, Setting, Sink
@@ -25,6 +26,7 @@ from orchestrator.topology.routing import Index
 
 _OWNER, _KIND, _PROTECT = "orchestrator.topology", "orchestrator.kind", "orchestrator.protect"
 _NS = 1_000_000_000
+_NUMBERS = re.compile(r"\d+")
 _TIMES = frozenset({"max_age", "duplicate_window", "ack_wait"})
 _REFUSED = frozenset({10052, 10012})  # this setting cannot be changed
 _THERE = frozenset({10148, 10013, 10105})  # somebody else was faster
@@ -46,14 +48,18 @@ class Streams:
         self.topology = topology
         self.broker = broker
         self.names = Names(topology, broker)
-        self.wanted = {d.id.name: d for d in resources.desired(topology, broker)}
         self.sinks: list[Sink] = []  # of the consumers that are open
         self._refusal = ""
+
+    @cached_property
+    def wanted(self) -> dict[str, Desired]:
+        """What the topology asks for, by name. For healing: most workers never look."""
+        return {d.id.name: d for d in resources.desired(self.topology, self.broker)}
 
     @property
     def schedules(self) -> bool:
         """Whether the server can hold a message until its time (2.12)."""
-        numbers = re.findall(r"\d+", str(self.link.info.get("version", "")))[:2]
+        numbers = _NUMBERS.findall(str(self.link.info.get("version", "")))[:2]
         return [int(n) for n in numbers] >= [2, 12]
 
     def place(self, subscription: Subscription) -> tuple[str, str]:
