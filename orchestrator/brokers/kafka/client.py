@@ -1,12 +1,10 @@
-"""What every Kafka client of ours shares: configuration, names, headers, errors; and the confirmed producer.
+"""What every Kafka client of ours shares: configuration, names, headers, errors.
 
 Clients and threads are made when a connection is opened, never at import: they do not survive a fork.
 """
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import logging
 import re
 import time
@@ -16,9 +14,8 @@ from typing import Any, TypeVar
 
 from confluent_kafka import Consumer as RawConsumer
 from confluent_kafka import KafkaError, KafkaException, Message, TopicPartition, admin
-from confluent_kafka import Producer as RawProducer
 
-from orchestrator.brokers.base import Done, Outgoing, Producer
+from orchestrator.brokers.base import Outgoing
 from orchestrator.errors import BrokerError, BrokerUnavailable, OrchestratorError, PublishRejected, ResourceMissing
 from orchestrator.topology.model import Broker, Subscription, Topology
 
@@ -28,11 +25,6 @@ EVENT_ID, HISTORY, DUE, ORIGIN, STORED = "orc-id", "orc-history", "orc-due", "or
 NOTHING = "orc-nothing"
 MECHANICS = frozenset((EVENT_ID, HISTORY, DUE, ORIGIN, STORED, NOTHING))
 _NAMED = frozenset(("event-type", "source-agent", "correlation-id", EVENT_ID))
-#: Unconfirmed messages beyond which a publisher should wait.
-CROWD = 4096
-#: Seconds between polls for reports when none is awaited, and in a row of empty ones; how many of those come at once.
-_SLOW, _NAP, _SOON = 0.5, 0.0001, 20
-_CLOSING = 5.0
 
 Headers = list[tuple[str, str | bytes | None]]
 
@@ -132,7 +124,7 @@ def for_producer(config: Mapping[str, Any], **more: Any) -> dict[str, Any]:
     ours = {
         "enable.idempotence": True,
         "acks": "all",
-        "linger.ms": 0.2,  # at 0 each message wakes the sending thread, which costs twice the whole rest
+        "linger.ms": 5,  # KafkaProducer gathers, and flushes while it waits
         "message.timeout.ms": 0,
         "message.max.bytes": 64 << 20,  # the broker decides what is too large
         "partitioner": "murmur2_random",
@@ -276,153 +268,3 @@ def translate(error: KafkaError | BaseException, what: str, size: int = 0) -> Br
     if code in (KafkaError._INVALID_ARG, KafkaError._SSL):
         return BrokerError(text, hint="check client: and tls: of the broker in the topology")
     return BrokerUnavailable(text, hint="is the broker running and reachable?")
-
-
-# --- publishing -----------------------------------------------------------------------------------------------
-
-
-class _Pending:
-    """One message until its report; librdkafka calls it with that."""
-
-    __slots__ = ("done", "message", "producer", "raw", "topic")
-
-    def __init__(self, producer: KafkaProducer, topic: str, message: Outgoing, done: Done) -> None:
-        self.producer, self.topic, self.message, self.done = producer, topic, message, done
-        self.raw: RawProducer | None = None
-
-    def __call__(self, error: KafkaError | None, _: Message | None) -> None:
-        producer = self.producer
-        if self.raw is not producer.raw:
-            return  # renewed meanwhile: it was sent again
-        if error is not None and error.fatal():
-            producer.renew()
-            return
-        if producer.pending.pop(self, None) is not None:
-            if error is None:
-                self.done(None)
-            else:
-                self.done(translate(error, f"publishing to {self.topic}", len(self.message.body)))
-
-
-class KafkaProducer(Producer):
-    """One idempotent producer for the process. The loop itself asks it for reports: a thread of its own would have to
-    be given the GIL for each of them, and a busy loop gives it away once in 5 ms."""
-
-    def __init__(self, config: Mapping[str, Any], topology: Topology, broker: Broker) -> None:
-        self._topology, self._broker = topology, broker
-        self._config = for_producer(config)
-        self._loop = asyncio.get_running_loop()
-        self.raw = RawProducer(self._config)
-        self.pending: dict[_Pending, _Pending] = {}  # in order
-        self._room = asyncio.Event()
-        self._closing = self._renewing = False
-        self._misses = 0  # polls in a row that brought nothing
-        self._polled = 0.0  # when the last one ended
-        self._polling = False  # soon; otherwise with the timer
-        self._timer = self._loop.call_later(_SLOW, self._poll)
-
-    def send(self, message: Outgoing, done: Done) -> None:
-        require_safe(message)
-        self.send_to(message.channel.address, message, done)
-
-    def reply(self, address: str, message: Outgoing, done: Done) -> None:
-        require_safe(message)
-        topic, _, inbox = address.partition("/")
-        replies = reply_topic(self._topology, self._broker)
-        ours = {registry_topic(self._broker), *(channel.address for channel in self._topology.channels.values())}
-        # Whoever asks names the address, and may be less trusted than we are.
-        if topic in ours or (topic != replies and topic.startswith(replies.removesuffix("replies"))):
-            raise PublishRejected(f"{address!r} is no reply address", hint="reply-to must be the asker's own topic")
-        message.key = inbox
-        self.send_to(topic, message, done)
-
-    @property
-    def ready(self) -> bool:
-        return len(self.pending) < CROWD
-
-    async def wait_ready(self) -> None:
-        while not self.ready:
-            self._room.clear()
-            await self._room.wait()
-
-    def send_to(self, topic: str, message: Outgoing, done: Done) -> None:
-        """As send(), to a topic of ours that is no channel."""
-        if self._closing:
-            done(BrokerUnavailable("the connection is closed"))
-            return
-        pending = _Pending(self, topic, message, done)
-        self.pending[pending] = pending
-        self._produce(pending)
-        self._misses = 0
-        if not self._polling:
-            self._polling = True
-            self._timer.cancel()
-            self._loop.call_soon(self._poll)
-
-    def _produce(self, pending: _Pending) -> None:
-        pending.raw = self.raw
-        message = pending.message
-        try:
-            self.raw.produce(
-                pending.topic,
-                message.body,
-                message.key or None,
-                on_delivery=pending,
-                headers=headers_of(message),
-            )
-        except KafkaException as error:
-            self._loop.call_soon(pending, error_of(error), None)
-        except BufferError:
-            self._loop.call_soon(pending, KafkaError(KafkaError._QUEUE_FULL), None)
-
-    def _poll(self) -> None:
-        """Takes reports, and again at once while some come. The loop's timers are of 1 ms, and a broker at hand answers
-        sooner: so the first waits are short sleeps."""
-        try:
-            found = self.raw.poll(0)
-        finally:
-            self._polling = bool(self.pending) and self._misses < _SOON
-            if self._polling:
-                self._loop.call_soon(self._poll)
-            else:
-                pause = min(0.001 * (self._misses - _SOON + 1), 0.02) if self.pending else _SLOW
-                self._timer = self._loop.call_later(pause, self._poll)
-        if found:
-            self._misses = 0
-            if self.ready:
-                self._room.set()
-        else:
-            self._misses += 1
-            if self._polling and self._loop.time() - self._polled < 3 * _NAP:  # else the loop has other work
-                time.sleep(_NAP)
-        self._polled = self._loop.time()
-
-    def renew(self) -> None:
-        """An idempotent producer that has lost its sequence never recovers: a new one sends what is unconfirmed. Not
-        at once, as this is called from within the old one."""
-        if not self._renewing and not self._closing:
-            self._renewing = True
-            self._loop.call_soon(self._renew)
-
-    def _renew(self) -> None:
-        log.warning("the producer is renewed; %d unconfirmed messages are sent again", len(self.pending))
-        self._renewing = False
-        old, self.raw = self.raw, RawProducer(self._config)
-        old.purge(blocking=False)
-        for pending in list(self.pending):
-            self._produce(pending)
-
-    async def close(self) -> None:
-        """Gives what is queued a few seconds; what is left is reported as unavailable."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_CLOSING):
-                while self.pending:
-                    self._room.clear()
-                    await self._room.wait()
-        self._closing = True
-        self._timer.cancel()
-        self.raw.purge(blocking=False)
-        for pending in list(self.pending):
-            hint = "is the broker running and reachable?"
-            pending.done(BrokerUnavailable(f"closed before {pending.topic} confirmed", hint=hint))
-        self.pending.clear()

@@ -29,11 +29,11 @@ from orchestrator.brokers.base import (
 )
 from orchestrator.brokers.kafka import client
 from orchestrator.brokers.kafka import consumer as consuming
-from orchestrator.brokers.kafka.client import KafkaProducer
 from orchestrator.brokers.kafka.consumer import KafkaConsumer
 from orchestrator.brokers.kafka.desk import Settings, settle
 from orchestrator.brokers.kafka.intake import Filter
 from orchestrator.brokers.kafka.ledger import backlog
+from orchestrator.brokers.kafka.producer import KafkaProducer
 from orchestrator.brokers.kafka.registry import Registry
 from orchestrator.brokers.kafka.resources import Resources
 from orchestrator.errors import BrokerError, ResourceMissing

@@ -10,10 +10,11 @@ from functools import partial
 from typing import Any, Protocol
 
 from orchestrator.brokers.base import Consumer, Delivery, Done, History, Left, Outgoing, Sink
-from orchestrator.brokers.kafka.client import KafkaProducer, require_safe
+from orchestrator.brokers.kafka.client import require_safe
 from orchestrator.brokers.kafka.desk import Settings, settle
 from orchestrator.brokers.kafka.intake import Book, KafkaDelivery
 from orchestrator.brokers.kafka.positions import gone
+from orchestrator.brokers.kafka.producer import KafkaProducer
 from orchestrator.brokers.kafka.reader import STOCK, Reader
 from orchestrator.errors import BrokerError, BrokerUnavailable, PublishRejected
 from orchestrator.topology.model import Subscription
