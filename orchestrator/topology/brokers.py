@@ -62,6 +62,11 @@ def address(url: str) -> Address:
         ):
             raise ValueError("the port is no number from 1 to 65535")
         hosts.append(host)
+    path = re.sub(r"^[^/?#]*|[?#].*$", "", rest, flags=re.DOTALL)
+    if scheme == "redis+sentinel" and not re.fullmatch(r"/[^/]+(/[0-9]*)?", path):
+        raise ValueError("behind the hosts belongs the master's name, as in redis+sentinel://one:26379/mymaster/0")
+    if scheme in ("redis", "rediss", "redis+cluster") and not re.fullmatch(r"(/[0-9]*)?", path):
+        raise ValueError(f"{path} is no number of a database")
     return Address(scheme, tuple(hosts))
 
 

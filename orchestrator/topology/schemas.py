@@ -9,6 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from urllib.parse import unquote
 
 from orchestrator.topology.diagnostics import Problems
 from orchestrator.topology.nodes import Node, plain
@@ -31,9 +32,13 @@ class Schemas:
             if found is None:
                 return None
             schema = found
-        for inner in _references(schema):
+        moved = len(_strings(schema, "$id")) > ("$id" in schema)  # an inner $id: references begin there
+        for inner in _strings(schema, "$ref"):
             if not inner.startswith("#"):
                 self.problems.error("schema", f"$ref {inner} leaves its file", at, expected="#/… within one file")
+                return None
+            if not moved and not _leads_somewhere(schema, inner):
+                self.problems.error("schema", f"$ref {inner} leads nowhere", at, expected="a place within the schema")
                 return None
         return schema if self._valid(schema, at) else None
 
@@ -87,15 +92,30 @@ def _jsonschema() -> ModuleType:
     return jsonschema
 
 
-def _references(value: Any) -> list[str]:
+def _leads_somewhere(schema: Mapping[str, Any], reference: str) -> bool:
+    """Whether there is a schema at `#/…`; what an anchor means is left to the library."""
+    pointer = unquote(reference.removeprefix("#"))
+    if not pointer.startswith("/"):
+        return True
+    value: Any = schema
+    for part in pointer[1:].split("/"):
+        name = part.replace("~1", "/").replace("~0", "~")
+        if isinstance(value, list):
+            value = dict(enumerate(value)).get(int(name)) if name.isdecimal() else None
+        else:
+            value = value.get(name) if isinstance(value, Mapping) else None
+    return isinstance(value, Mapping | bool)
+
+
+def _strings(value: Any, name: str) -> list[str]:
+    """Every text that stands under `name`, however deep."""
     found: list[str] = []
     waiting = [value]
     while waiting:
         one = waiting.pop()
         if isinstance(one, Mapping):
-            reference = one.get("$ref")
-            if isinstance(reference, str):
-                found.append(reference)
+            if isinstance(text := one.get(name), str):
+                found.append(text)
             waiting += one.values()
         elif isinstance(one, list):
             waiting += one

@@ -41,6 +41,8 @@ def _measure(read: Callable[[str], float], expected: str, pattern: str, least: f
         if isinstance(value, str):
             try:
                 number = read(value)
+            except units.TooLong as error:
+                raise wrong(str(error)) from None
             except ValueError:
                 raise wrong(expected) from None
             if number < least:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+_LONGEST = 36_500 * 86_400.0  # beyond a hundred years it is a slip, and the calendar ends somewhere
+
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _BYTES = {
     "B": 1,
@@ -18,13 +20,20 @@ _DURATION = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,6})?)(ms|s|m|h|d)")
 _SIZE = re.compile(r"([0-9]{1,12}(?:\.[0-9]{1,6})?)(B|[kKMGT]B|[KMGT]iB)")
 
 
+class TooLong(ValueError):
+    """A duration that nothing could wait for."""
+
+
 def seconds(text: str) -> float:
     """ "5m" → 300.0. Raises ValueError."""
     found = _DURATION.fullmatch(text)
     if found is None:
         raise ValueError(f"not a duration: {text!r}")
     number, unit = found.groups()
-    return float(number) / 1000 if unit == "ms" else float(number) * _SECONDS[unit]
+    value = float(number) / 1000 if unit == "ms" else float(number) * _SECONDS[unit]
+    if value > _LONGEST:
+        raise TooLong(f"at most {duration_text(_LONGEST)}")
+    return value
 
 
 def size(text: str) -> int:

@@ -7,13 +7,14 @@ After a wanted change: `python -m tests.topology.test_mistakes` writes the texts
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from orchestrator.topology import TopologyError, load, render
 from orchestrator.topology.near import near_type
-from tests.topology.say import CHANNELS, HEAD, errors, only
+from tests.topology.say import CHANNELS, HEAD, errors, loaded, only
 
 FOLDER = Path(__file__).parent / "mistakes"
 FILES = sorted(FOLDER.glob("*.yaml"))
@@ -56,6 +57,12 @@ def test_twelve_mistakes_of_shape_and_meaning_are_all_named() -> None:
         ("channels: {c: {events: [x]}}\nagents: {a: {handler: m:f, subscribe: [x], dead_letter: 5}}", "`dead_letter` is the number 5"),
         ("channels: {c: {events: [x]}}\ndefaults: {agents: {dead_letter: nobody}}\n"
          "agents: {a: {handler: m:f, subscribe: [x]}, b: {handler: m:f, subscribe: [x]}}", "no channel `nobody`"),
+        ("channels: {c: {events: [a], schemas: {a: {$ref: '#/nowhere'}}}}", "$ref #/nowhere leads nowhere"),
+        ("channels: {c: {events: [a], schemas: {a: {properties: {x: {$ref: '#/$defs/y'}}, $defs: {y: 5}}}}}", "$ref #/$defs/y leads nowhere"),
+        ("brokers: {b: {url: redis://h/main}}", "/main is no number of a database"),
+        ("brokers: {b: {url: redis+cluster://h/0/1}}", "/0/1 is no number of a database"),
+        ("brokers: {b: {url: 'redis+sentinel://h:1,i:2'}}", "belongs the master's name"),
+        ("brokers: {b: {url: 'redis+sentinel://h/main/x'}}", "belongs the master's name"),
         ("channels: {c: {mode: log, mode: queue, events: [x]}}", "`mode` stands here twice"),
         ("variables: {v: 5}\nagents: {a: {external: true, config: {v: '{{ vars.v }}'}}}", "the variable `v` is the number 5"),
         ("variables: {v: {default: '{{ 1/0 }}'}}\nagents: {a: {external: true, config: {v: '{{ vars.v }}', w: '{{ vars.v }}'}}}", "ZeroDivisionError"),
@@ -90,6 +97,18 @@ def test_what_to_write_instead(text: str, suggestion: str | None) -> None:
     assert only(text, head=head).suggestion == suggestion
 
 
+def test_a_duration_that_nothing_could_wait_for() -> None:
+    assert only("retry_policies: {p: {max_delay: 999999999d}}").expected == "at most 36500d"
+
+
+def test_references_within_a_schema_are_followed() -> None:
+    schema = {
+        "$ref": "#/$defs/one~1two/anyOf/0",
+        "$defs": {"one/two": {"anyOf": [{"$ref": "#here"}, True]}, "here": {"$anchor": "here", "type": "object"}},
+    }
+    loaded(f"channels: {{c: {{events: [a], schemas: {{a: {json.dumps(schema)}}}}}}}")
+
+
 def test_the_caret_stands_below_its_character() -> None:
     found = only("channels: {c: {events: [größe], mode: quue}}")
     place, source, caret, *_ = render([found]).splitlines()
@@ -101,11 +120,6 @@ def test_colour_only_when_asked_for() -> None:
     found = errors("x: 1")
     assert "\x1b[" not in render(found)
     assert "\x1b[31m" in render(found, color=True)
-
-
-if __name__ == "__main__":
-    for file in FILES:
-        file.with_suffix(".txt").write_text(said(file))
 
 
 @pytest.mark.parametrize(
@@ -125,3 +139,8 @@ def test_a_misspelt_type_is_compared_with_what_a_pattern_would_take(
     said: str, patterns: list[str], meant: str | None
 ) -> None:
     assert near_type(said, patterns) == (meant and f"did you mean `{meant}`?")
+
+
+if __name__ == "__main__":
+    for file in FILES:
+        file.with_suffix(".txt").write_text(said(file))
