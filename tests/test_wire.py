@@ -7,6 +7,7 @@ import json
 import sys
 import uuid
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from orchestrator.errors import DecodeError, HandlerLoadError, PayloadError, Pub
 from orchestrator.event import NAMESPACE, position_id
 from orchestrator.topology.model import Agent, Broker, Channel, Mode, Publication, Topology
 from orchestrator.wire.names import several_lines, uuid5
+from orchestrator.wire.routes import validator
 
 EVENTS = Channel("events", "main", "EVENTS", Mode.LOG, ("agent.*",))
 ORDERS = Channel(
@@ -142,6 +144,13 @@ def test_schemas_are_checked_at_publish() -> None:
     with pytest.raises(PayloadError, match=r"\$\.n.*strict|strict.*\$\.n"):
         built("strict.one", {"n": "x"})
     built("strict.two", {"n": "x"})
+
+
+def test_a_schema_without_an_end_fails_the_payload() -> None:
+    check = validator(replace(STRICT, schemas={"strict.one": {"$ref": "#"}}), "strict.one")
+    assert check is not None
+    with pytest.raises(PayloadError, match="without an end"):
+        check({})
 
 
 def test_the_json_codec_keeps_the_envelope_in_headers() -> None:

@@ -143,7 +143,10 @@ def validator(channel: Channel, event_type: str) -> Callable[[Any], None] | None
     compiled = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)(schema)
 
     def validate(payload: Any) -> None:
-        problems = [f"{error.json_path}: {error.message}"[:300] for error in compiled.iter_errors(payload)]
+        try:
+            problems = [f"{error.json_path}: {error.message}"[:300] for error in compiled.iter_errors(payload)]
+        except RecursionError:
+            problems = ["it is nested too deep, or the schema refers to itself without an end"]
         if problems:
             raise PayloadError(
                 f"the payload of {event_type} breaks the schema of channel {channel.name!r}: "
