@@ -148,9 +148,12 @@ def graph(
         console.data(drawing.mermaid(topology) if output is Drawing.MERMAID else drawing.dot(topology))
 
 
-def schema() -> None:
+def schema(output: OutputOption = Output.TEXT) -> None:
     """Print the JSON Schema of a topology file, for editors."""
     # pydantic
-    from orchestrator.topology.schema import text
+    from orchestrator.topology.schema import generate, text
 
-    console.data(text())
+    if output is Output.JSON:
+        console.data_json({"version": 1, **generate()})  # a schema still: what it does not know it ignores
+    else:
+        console.data(text())

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -13,6 +15,7 @@ import typer
 
 from orchestrator.errors import OrchestratorError
 
+_CONTROL = re.compile(r"(\x1b\[[0-9;]*m)|[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # but colours
 _hidden: list[str] = []  # secrets, the longest first
 
 
@@ -24,9 +27,10 @@ def hide(secrets: Sequence[str]) -> None:
 
 
 def _clean(text: str) -> str:
+    """Without secrets, and without what an event or a file could do to the terminal; our colours stay."""
     for secret in _hidden:
         text = text.replace(secret, "***")
-    return text
+    return _CONTROL.sub(lambda found: found[1] or f"\\u{ord(found[0]):04x}", text)
 
 
 def colored(stream: IO[str]) -> bool:
@@ -88,7 +92,7 @@ def complain(error: OrchestratorError) -> None:
         say(f"  {paint('→', '36')} {error.hint}")
 
 
-def misused(message: str, *, hint: str) -> NoReturn:
+def misused(message: str, *, hint: str | None) -> NoReturn:
     """A command that was typed wrongly: exit code 2."""
     complain(OrchestratorError(message, hint=hint))
     raise typer.Exit(2)
@@ -118,9 +122,7 @@ def confirm(question: str, *, yes: bool, flag: str = "--yes") -> None:
         return
     if not sys.stdin.isatty():
         misused("there is no terminal to ask on", hint=f"add {flag} to go on without asking")
-    sys.stderr.write(f"{question} [y/N] ")
-    sys.stderr.flush()
-    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+    if _answer(f"{question} [y/N]").lower() not in ("y", "yes"):
         raise OrchestratorError("not confirmed; nothing was changed")
 
 
@@ -128,9 +130,18 @@ def typed(question: str, expected: str) -> bool:
     """Asks for a name to be typed; False when there is no terminal or something else was typed."""
     if not sys.stdin.isatty():
         return False
+    return _answer(question) == expected
+
+
+def _answer(question: str) -> str:
+    """Ctrl-C ends it: within a running event loop the first would only be noted until the loop turns again."""
     sys.stderr.write(f"{question} ")
     sys.stderr.flush()
-    return sys.stdin.readline().strip() == expected
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return sys.stdin.readline().strip()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _plain(value: Any) -> Any:

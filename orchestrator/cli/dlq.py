@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from orchestrator.cli import console
-from orchestrator.cli.options import Files, Output, OutputOption, VarsFiles, Yes, given, load_topology
+from orchestrator.cli.options import Files, Output, OutputOption, VarsFiles, Yes, given, load_topology, understood
 from orchestrator.errors import OrchestratorError
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class Which:
         from orchestrator.operate.dlq import Selection
         from orchestrator.operate.reading import moment
 
-        since, until = (moment(text) if text else None for text in (self.since, self.until))
+        since, until = (understood(moment, text) if text else None for text in (self.since, self.until))
         return Selection(tuple(self.ids or ()), self.agent, self.error, since, until)
 
 
@@ -131,11 +131,13 @@ def show(
     from orchestrator.operate import dlq
 
     topology = load_topology(files, sets, vars_files)
-    found = _search(topology, which.selection())
+    found, missing = _search(topology, which.selection())
     if output is Output.JSON:
         console.data_json({"version": 1, "dead_letters": [dlq.letter_json(read, full=True) for read in found]})
     else:
         console.data("\n\n".join(_full(read) for read in found))
+    if missing:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -158,9 +160,9 @@ def redrive(
     from orchestrator.operate import dlq
 
     variables = [s for s in sets or [] if not _is_edit(s)]
-    changes = dlq.edits(dict(_split(s) for s in sets or [] if _is_edit(s)))
+    changes = understood(dlq.edits, dict(_split(s) for s in sets or [] if _is_edit(s)))
     topology = load_topology(files, variables, vars_files)
-    found = _search(topology, which.selection())
+    found, missing = _search(topology, which.selection())
     if not dry_run:
         console.confirm(f"Give {_many(found)} back to {_agents(found)}?", yes=yes)
     results = asyncio.run(dlq.redrive_all(topology, found, changes, rate=rate, dry_run=dry_run))
@@ -173,7 +175,7 @@ def redrive(
     for result in results:
         if result.problem:
             console.warn(f"{_id(result.read)} stays: {result.problem}")
-    if len(done) < len(results):
+    if len(done) < len(results) or missing:
         raise typer.Exit(1)
 
 
@@ -196,7 +198,7 @@ def purge(
     if not (everything or which.given):
         raise typer.BadParameter("say which: IDs, --agent, --error, --since, --until, or --all")
     topology = load_topology(files, sets, vars_files)
-    found = _search(topology, which.selection())
+    found, missing = _search(topology, which.selection())
     if dry_run:
         count = len(found)
     else:
@@ -206,16 +208,22 @@ def purge(
         console.data_json({"version": 1, "dry_run": dry_run, "purged": count})
     else:
         console.data(f"{'would delete' if dry_run else 'deleted'} {count} dead letter{'' if count == 1 else 's'}")
+    if missing:
+        raise typer.Exit(1)
 
 
-def _search(topology: Topology, selection: Selection) -> list[Read]:
+def _search(topology: Topology, selection: Selection) -> tuple[list[Read], list[str]]:
+    """The selected dead letters, and the ids that are none's, which are said; the rest of them is acted upon."""
     # imports the brokers' client libraries
     from orchestrator.operate import dlq
 
     found = asyncio.run(dlq.search(topology, selection))
     if not found:
         raise OrchestratorError("no dead letter fits", hint="see what is there: orchestrator dlq list")
-    return found
+    missing = selection.missing(found)
+    for wanted in missing:
+        console.warn(f"no dead letter fits {wanted}: orchestrator dlq list shows what is there")
+    return found, missing
 
 
 def _row(read: Read) -> list[str]:

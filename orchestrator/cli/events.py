@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from orchestrator.cli import console
-from orchestrator.cli.options import Files, Output, OutputOption, Sets, VarsFiles, Yes, given, load_topology
+from orchestrator.cli.options import Files, Output, OutputOption, Sets, VarsFiles, Yes, given, load_topology, understood
 from orchestrator.errors import OrchestratorError
 
 if TYPE_CHECKING:
@@ -49,13 +49,14 @@ def publish(
     key: Key = None,
     correlation_id: CorrelationId = None,
     target: Target = None,
-    delay: Annotated[str | None, typer.Option("--delay", help="Readers see it only then: 30s, 1h.")] = None,
+    delay: Annotated[str, typer.Option("--delay", help="Readers see it only then: 30s, 1h.")] = "0s",
     output: OutputOption = Output.TEXT,
 ) -> None:
     """Publish one event; returns when the broker has confirmed it."""
     from orchestrator.operate import publish as operate
     from orchestrator.operate.reading import duration
 
+    wait = understood(duration, delay)
     content = operate.read_payload(payload)
     topology = load_topology(files, sets, vars_files)
     event = asyncio.run(
@@ -67,7 +68,7 @@ def publish(
             key=key,
             correlation_id=correlation_id,
             target_agent=target,
-            delay=duration(delay) if delay else 0.0,
+            delay=wait,
         )
     )
     if output is Output.JSON:
@@ -99,6 +100,7 @@ def request(
     from orchestrator.operate import publish as operate
     from orchestrator.operate.reading import duration
 
+    patience = understood(duration, timeout)
     content = operate.read_payload(payload)
     topology = load_topology(files, sets, vars_files)
     if doubt := operate.foretell(topology, event_type, target):
@@ -108,7 +110,7 @@ def request(
             topology,
             event_type,
             content,
-            timeout=duration(timeout),
+            timeout=patience,
             key=key,
             correlation_id=correlation_id,
             target_agent=target,
@@ -146,8 +148,8 @@ def tail(
     from orchestrator.operate import tail as operate
     from orchestrator.operate.reading import when
 
+    begin = understood(when, start)
     topology = load_topology(files, sets, vars_files)
-    begin = when(start)
     for doubt in operate.unheard(topology, channel or [], patterns or []):
         console.say(doubt)
 
@@ -204,8 +206,8 @@ def replay(
     """Move an agent's position in the logs that it reads, so that it handles events again, or leaves some out."""
     from orchestrator.operate import replay as operate
 
+    begin = understood(operate.place, start)
     topology = load_topology(files, sets, vars_files)
-    begin = operate.place(start)
     subscriptions = operate.replayable(topology, agent)
     names = ", ".join(s.channel for s in subscriptions)
     console.confirm(f"Move {agent} to {start} in {names}?", yes=yes)
@@ -217,10 +219,11 @@ def replay(
 
 
 def _line(read: Read) -> str:
+    from orchestrator.operate.reading import time_of_day
+
     event: AgentEvent | None = read.event
     if event is None:
         return f"{'?':>12}  {read.channel.name}  {read.stored.event_type or '?'}  {read.problem}"
-    moment = event.timestamp.astimezone().strftime("%H:%M:%S.%f")[:-3]
     who = f"{event.source_agent or '-'}{f' → {event.target_agent}' if event.target_agent else ''}"
     payload = console.compact(event.payload)
-    return f"{moment}  {read.channel.name}  {event.event_type}  {who}  {event.correlation_id}  {payload}"
+    return f"{time_of_day(event)}  {read.channel.name}  {event.event_type}  {who}  {event.correlation_id}  {payload}"

@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 failed or refused, 2 usage, 3 changes are pending (--exit-
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import traceback
@@ -55,6 +56,9 @@ app.add_typer(dlq.app, name="dlq")
 
 def main() -> None:
     """The entry point; never prints a traceback unless --debug asks for it."""
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
+        if isinstance(stream, io.TextIOWrapper):  # what is no text there is told with its place, or shown as \\u….
+            stream.reconfigure(errors=errors)
     try:
         app(prog_name="orchestrator")
     except OrchestratorError as error:

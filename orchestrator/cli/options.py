@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 DEFAULT_FILE = "topology.yaml"
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 
@@ -56,6 +58,14 @@ def given(value: T) -> T:
     return value
 
 
+def understood(read: Callable[[S], T], value: S) -> T:
+    """What `read` makes of an option's value; what it cannot read was typed wrongly (exit code 2)."""
+    try:
+        return read(value)
+    except OrchestratorError as error:
+        console.misused(error.message, hint=error.hint)
+
+
 def assignments(values: list[str] | None) -> dict[str, str]:
     """["a=1"] as {"a": "1"}. A value without `=` is a usage error."""
     result: dict[str, str] = {}
@@ -76,6 +86,7 @@ def load_all(
     """
     # YAML, Jinja and pydantic take longer to import than `--help` takes to print
     from orchestrator.topology.loader import load
+    from orchestrator.topology.source import MAX_BYTES
 
     names = sources or [DEFAULT_FILE]
     if not sources and not Path(DEFAULT_FILE).exists():
@@ -83,7 +94,7 @@ def load_all(
             f"there is no {DEFAULT_FILE} here",
             hint="name your file, or make a new topology: orchestrator init my-topology",
         )
-    stdin = sys.stdin.read() if "-" in names else None
+    stdin = sys.stdin.read(MAX_BYTES + 1) if "-" in names else None
     loaded = load(
         names,
         sets=assignments(sets),

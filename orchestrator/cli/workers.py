@@ -136,7 +136,9 @@ def restart(
 
 def scale(
     agent: AgentArgument,
-    replicas: Annotated[int, typer.Argument(min=0, metavar="REPLICAS", help="Worker processes on this host.")],
+    replicas: Annotated[
+        int, typer.Argument(min=0, max=10_000, metavar="REPLICAS", help="Worker processes on this host.")
+    ],
     files: Files = None,
     sets: Sets = None,
     vars_files: VarsFiles = None,

@@ -19,7 +19,7 @@ from orchestrator.brokers.base import Outgoing
 from orchestrator.brokers.connections import Connections
 from orchestrator.errors import OrchestratorError
 from orchestrator.event import position_id
-from orchestrator.operate.reading import Read, dead_letters
+from orchestrator.operate.reading import Read, dead_letters, why_it_died
 from orchestrator.operate.session import session
 from orchestrator.topology.model import Subscription, Topology
 
@@ -54,6 +54,10 @@ class Selection:
         if self.since is not None and (died is None or died < self.since):
             return False
         return self.until is None or (died is not None and died <= self.until)
+
+    def missing(self, found: Sequence[Read]) -> list[str]:
+        """The ids that none of `found`, which is all that was selected, has."""
+        return [wanted for wanted in self.ids if not any(_is(read, wanted) for read in found)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +138,7 @@ def edits(assignments: Mapping[str, str]) -> dict[tuple[str, ...], Any]:
             raise OrchestratorError(f"cannot set {path!r}", hint="write --set payload.<name>=… or metadata.<name>=…")
         try:
             made[parts] = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             made[parts] = text
     return made
 
@@ -190,15 +194,7 @@ def letter_json(read: Read, *, full: bool = False) -> dict[str, Any]:
         "event_id": read.event.event_id if read.event else None,
         "event_type": read.event.event_type if read.event else read.stored.event_type,
         "correlation_id": read.event.correlation_id if read.event else None,
-        "agent": letter.agent,
-        "channel": letter.channel,
-        "position": letter.position,
-        "reason": letter.reason,
-        "error_type": letter.error_type,
-        "message": letter.message,
-        "attempts": letter.attempts,
-        "first_failed_at": letter.first_failed_at,
-        "last_failed_at": letter.last_failed_at,
+        **why_it_died(letter),
         "truncated": letter.truncated,
         "dead_letter_channel": read.channel.name,
         "dead_letter_position": read.stored.position,

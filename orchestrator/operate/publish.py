@@ -14,27 +14,34 @@ from orchestrator.event import AgentEvent
 from orchestrator.operate.session import session
 from orchestrator.topology.model import Topology, matches
 
+_LARGEST = 2**26  # characters of a payload: more than any broker is set to take in one event
+
 
 def read_payload(text: str) -> dict[str, Any]:
     """JSON, @FILE, or - for stdin. Raises PayloadError when it is not a JSON object."""
     where = "the payload"
     if text == "-":
-        where, text = "stdin", sys.stdin.read()
+        where, text = "stdin", sys.stdin.read(_LARGEST + 1)
     elif text.startswith("@"):
         where = text[1:]
         try:
-            text = Path(where).read_text(encoding="utf-8")
+            with Path(where).open(encoding="utf-8") as file:
+                text = file.read(_LARGEST + 1)
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
             raise PayloadError(
                 f"cannot read the payload from {where}: {reason}", hint="give JSON, @FILE or -"
             ) from None
+    if len(text) > _LARGEST:
+        raise PayloadError(f"{where} is too large", hint="store the data elsewhere and publish a reference to it")
     try:
         found = json.loads(text)
     except ValueError as error:
         raise PayloadError(
             f"{where} is not JSON: {error}", hint="""quote it for the shell: '{"query": "x"}'"""
         ) from None
+    except RecursionError:
+        raise PayloadError(f"{where} is nested too deep", hint="flatten it, or publish it as text") from None
     if not isinstance(found, dict):
         raise PayloadError(
             f"{where} is JSON, but {type(found).__name__} instead of an object", hint="""write '{"name": value, …}'"""

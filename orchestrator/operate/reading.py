@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import heapq
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from orchestrator.event import AgentEvent
 from orchestrator.topology.model import Channel, Topology
 from orchestrator.topology.units import seconds
 from orchestrator.wire.codecs import only_type
+
+_FIRST = datetime.fromtimestamp(0, UTC)  # before it no broker has events, and some take no times
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +140,29 @@ async def _browse(
         yield decode(channel, each)
 
 
+def why_it_died(letter: wire.Letter) -> dict[str, Any]:
+    """What `-o json` says of a dead letter, without its traceback."""
+    return {
+        "agent": letter.agent,
+        "channel": letter.channel,
+        "position": letter.position,
+        "reason": letter.reason,
+        "error_type": letter.error_type,
+        "message": letter.message,
+        "attempts": letter.attempts,
+        "first_failed_at": letter.first_failed_at,
+        "last_failed_at": letter.last_failed_at,
+    }
+
+
+def time_of_day(event: AgentEvent) -> str:
+    """When it was published by the clock here: "12:00:00.000"."""
+    moment = event.timestamp
+    with contextlib.suppress(OverflowError):  # written by hand: year 1 began earlier elsewhere
+        moment = moment.astimezone()
+    return moment.strftime("%H:%M:%S.%f")[:-3]
+
+
 def when(text: str) -> Start:
     """ "earliest", "latest", a duration ago ("15m"), or a time (RFC 3339; without a zone it is UTC).
 
@@ -147,16 +173,16 @@ def when(text: str) -> Start:
     if text == "latest":
         return "latest"
     try:
-        return datetime.now(UTC) - timedelta(seconds=seconds(text))
+        found = datetime.now(UTC) - timedelta(seconds=seconds(text))
     except ValueError:
-        pass
-    try:
-        found = datetime.fromisoformat(text)
-    except ValueError:
-        raise OrchestratorError(
-            f"not a time: {text!r}", hint="write earliest, latest, a duration ago such as 15m, or 2026-01-31T12:00:00Z"
-        ) from None
-    return found if found.tzinfo else found.replace(tzinfo=UTC)
+        try:
+            found = datetime.fromisoformat(text)
+        except ValueError:
+            raise OrchestratorError(
+                f"not a time: {text!r}",
+                hint="write earliest, latest, a duration ago such as 15m, or 2026-01-31T12:00:00Z",
+            ) from None
+    return max(found if found.tzinfo else found.replace(tzinfo=UTC), _FIRST)
 
 
 def moment(text: str) -> datetime:

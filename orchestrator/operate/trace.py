@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from orchestrator.brokers.connections import Connections
-from orchestrator.operate.reading import Read, dead_letters, stored
+from orchestrator.operate.reading import Read, dead_letters, stored, time_of_day, why_it_died
 from orchestrator.operate.session import session
 from orchestrator.topology.model import Agent, Mode, Topology
 
@@ -95,20 +95,9 @@ def to_json(correlation_id: str, found: list[Read]) -> dict[str, Any]:
         "events": [
             read.to_json()
             | {"causation_id": (read.event.metadata.get("causation_id") if read.event else None)}
-            | ({"dead_letter": letter_json(read)} if read.letter else {})
+            | ({"dead_letter": why_it_died(read.letter)} if read.letter else {})
             for read in found
         ],
-    }
-
-
-def letter_json(read: Read) -> dict[str, Any] | None:
-    """Why it died, without the traceback."""
-    if read.letter is None:
-        return None
-    names = ("agent", "channel", "position", "attempts", "reason", "error_type", "message")
-    return {name: getattr(read.letter, name) for name in names} | {
-        "first_failed_at": read.letter.first_failed_at,
-        "last_failed_at": read.letter.last_failed_at,
     }
 
 
@@ -132,8 +121,7 @@ def _label(topology: Topology, node: Node) -> str:
         return f"{what}  (no longer stored; handled by {', '.join(by) or '?'})  {node.event_id[:8]}"
     event = node.read.event
     who = f"{event.source_agent or '?'}{f' → {event.target_agent}' if event.target_agent else ''}"
-    moment = event.timestamp.astimezone().strftime("%H:%M:%S.%f")[:-3]
-    return f"{event.event_type}  {who}  {moment}  {event.event_id[:8]}"
+    return f"{event.event_type}  {who}  {time_of_day(event)}  {event.event_id[:8]}"
 
 
 def _from_queues(topology: Topology, agent: Agent) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -134,4 +133,6 @@ def test_graph_draws_agents_and_channels(folder: Folder) -> None:
 
 
 def test_schema_is_json_schema() -> None:
-    assert json.loads(Folder(Path.cwd()).ok("schema").out)["$schema"]
+    schema = Folder(Path.cwd()).ok("schema").json
+    assert schema["$schema"]
+    assert Folder(Path.cwd()).ok("schema", "-o", "json").json == {"version": 1, **schema}

@@ -87,7 +87,7 @@ def test_a_redrive_that_fails_again_is_a_dead_letter_again(broken: Folder) -> No
 
 def test_redrives_that_cannot_be_are_refused_and_change_nothing(broken: Folder) -> None:
     assert "--yes" in broken.refused("dlq", "redrive", "fragile", code=2)
-    assert "payload.<name>" in broken.refused("dlq", "redrive", "--set", "event.id=x", "--yes")
+    assert "payload.<name>" in broken.refused("dlq", "redrive", "--set", "event.id=x", "--yes", code=2)
     assert "not an object" in broken.refused("dlq", "redrive", "fragile", "--set", "payload.item.colour=red", "--yes")
     broken.ok("stop")
     broken.write("topology.yaml", (broken.path / "topology.yaml").read_text().replace("  pack:", "  wrap:"))
@@ -102,6 +102,15 @@ def test_a_variable_of_the_shell_that_was_not_set_selects_nothing(folder: Folder
         done = folder.run("dlq", *command, *which)
         assert (done.code, done.out) == (2, "")
         assert "it is empty" in done.err
+
+
+def test_an_id_that_is_no_dead_letters_is_said_and_the_others_are_done(broken: Folder) -> None:
+    for command in (["show"], ["redrive", "--dry-run"], ["purge", "--yes"]):
+        done = broken.run("dlq", *command, "nothing", "fragile")
+        assert done.code == 1
+        assert "no dead letter fits nothing: orchestrator dlq list" in done.err
+        assert done.out
+    assert [d["event_id"] for d in dead(broken)] == ["number"]
 
 
 def test_purge_deletes_what_was_named(broken: Folder) -> None:

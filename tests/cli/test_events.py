@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 
 import pytest
 
+from orchestrator.event import AgentEvent
+from orchestrator.operate.reading import time_of_day
 from tests.cli.conftest import TOPOLOGY
 from tests.cli.rig import Folder, Foreground, wait
 
@@ -75,6 +79,10 @@ def test_the_same_id_twice_takes_effect_once(applied: Folder) -> None:
         (["weather.changed", "{}"], "no channel routes the event type 'weather.changed'"),
         (["ordr.placed", "{}"], "did you mean `order.placed`?"),
         (["order.placed\r\nX: y", '{"item": 1}'], "cannot be an event type"),
+        (["parcel.packed", '{"a":' * 3000 + "1" + "}" * 3000], "nested too deep"),
+        (["parcel.packed", '{"a":' * 300 + "1" + "}" * 300], "cannot be written as JSON"),
+        (["parcel.packed", "@/dev/zero"], "/dev/zero is too large"),
+        (["parcel.packed", '{"a": "\\ud800"}'], "cannot be written as JSON"),
     ],
     ids=[
         "no JSON",
@@ -85,6 +93,10 @@ def test_the_same_id_twice_takes_effect_once(applied: Folder) -> None:
         "nothing routes it",
         "misspelt",
         "hostile type",
+        "too deep to read",
+        "too deep to write",
+        "endless",
+        "half a character",
     ],
 )
 def test_a_wrong_publish_is_refused_and_publishes_nothing(applied: Folder, args: list[str], expected: str) -> None:
@@ -96,6 +108,32 @@ def test_a_wrong_publish_is_refused_and_publishes_nothing(applied: Folder, args:
 def test_publish_before_apply_says_what_is_missing(folder: Folder) -> None:
     said = folder.refused("publish", "parcel.packed", "{}")
     assert "orchestrator apply" in said
+
+
+def test_what_an_event_holds_does_nothing_to_the_terminal(applied: Folder) -> None:
+    applied.ok("publish", "parcel.packed", '{"a": "\\u009b2J"}', "--correlation-id", "\x1b]0;owned\x07")
+    for output in ("text", "json"):
+        shown = applied.ok("tail", "--from", "1h", "--no-follow", "-o", output).out
+        assert not {"\x1b", "\x07", "\x9b"} & set(shown)
+    assert (json.loads(shown)["correlation_id"], json.loads(shown)["payload"]) == ("\x1b]0;owned\x07", {"a": "\x9b2J"})
+
+
+def test_a_time_that_no_clock_here_knows_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TZ", "America/New_York")
+    time.tzset()
+    try:
+        moments = [datetime(1, 1, 1, tzinfo=UTC), datetime(2026, 1, 31, 12, tzinfo=UTC)]
+        shown = [time_of_day(AgentEvent(event_type="a.b", timestamp=moment)) for moment in moments]
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+    assert shown == ["00:00:00.000", "07:00:00.000"]
+
+
+@pytest.mark.parametrize("start", ["0001-01-01T00:00:00+14:00", "36500d"])
+def test_from_before_there_were_brokers_is_from_the_beginning(applied: Folder, start: str) -> None:
+    applied.ok("publish", "parcel.packed", "{}")
+    assert len(applied.ok("tail", "--from", start, "--no-follow").out.splitlines()) == 1
 
 
 def test_request_prints_the_reply_and_times_out_with_a_hint(running: Folder) -> None:
@@ -111,7 +149,6 @@ def test_request_prints_the_reply_and_times_out_with_a_hint(running: Folder) -> 
     assert (asked["event_type"], asked["target_agent"]) == ("order.placed", "pack")
     running.ok("stop")
     assert "status" in running.refused("request", "order.placed", '{"item": "book"}', "--timeout", "300ms")
-    assert "not a duration" in running.refused("request", "order.placed", "{}", "--timeout", "soon")
 
 
 def test_a_request_that_failed_prints_the_reply_and_exits_with_1(running: Folder) -> None:
@@ -154,7 +191,6 @@ def test_tail_selects(applied: Folder) -> None:
     assert len(applied.ok(*base, "--correlation-id", "a").out.splitlines()) == 2
     assert len(applied.ok(*base, "-n", "1").out.splitlines()) == 1
     assert "the channels are: orders, parcels" in applied.refused("tail", "--channel", "nowhere")
-    assert "not a time" in applied.refused("tail", "--from", "yesterday")
     said = applied.ok("tail", "--from", "1h", "--no-follow", "ordr.placed", "order.*").err
     assert said.splitlines() == ["no channel takes ordr.placed: did you mean `order.placed`?"]
 
@@ -196,8 +232,6 @@ def test_replay_lets_an_agent_handle_events_again(running: Folder) -> None:
     wait(lambda: handled() == 2, "the order was not handled again")
     assert "--yes" in running.refused("replay", "pack", "--from", "earliest", code=2)
     assert "the agents are: pack" in running.refused("replay", "nobody", "--from", "earliest", "--yes")
-    assert "not a time" in running.refused("replay", "pack", "--from", "noon", "--yes")
-    assert "in the future" in running.refused("replay", "pack", "--from", "2999-01-01T00:00:00Z", "--yes")
 
 
 def test_a_queue_cannot_be_replayed(folder: Folder) -> None:
