@@ -63,7 +63,6 @@ Count = Annotated[int, Field(ge=1, le=2**53)]
 SLUG = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"
 NAME = r"^[A-Za-z0-9]([A-Za-z0-9_-]{0,61}[A-Za-z0-9])?$"
 _TOKEN = r"[^\s.*>$\x00-\x1f\x7f][^\s.*>\x00-\x1f\x7f]*"
-TYPE = rf"^{_TOKEN}(\.{_TOKEN})*$"
 PATTERN = rf"^(>|(\*|{_TOKEN})(\.(\*|{_TOKEN}))*(\.>)?)$"
 FIELD = rf"^({'|'.join(EVENT_FIELDS)}|payload\.[^\s]+|metadata\.[^\s]+)$"
 
