@@ -175,7 +175,7 @@ async def test_a_blocked_loop_keeps_its_events_by_the_thread(rig: Rig, short_lea
         await lab.publish()
         victim_reader = await lab.reader(free=1)
         delivery = await victim_reader.take_one()
-        main = victim_reader.consumer._held.sources[0]
+        main = victim_reader.consumer.main
         await lab.connection.link.call("", "ZADD", main.key("beat"), 1, victim_reader.consumer.me)
         thread = threading.Thread(target=victim_reader.consumer.keep_alive)
         thread.start()

@@ -66,6 +66,31 @@ async def test_events_that_came_after_the_plan_are_not_deleted(both: Rig) -> Non
         assert await lab.connection.count(lab.channel("dead")) == 1
 
 
+async def test_what_is_read_to_be_passed_over_is_nobodys_backlog(both: Rig, raw: Any) -> None:
+    """Every group of a queue is handed all types. Until those that it does not read are settled for it they are pending
+    in it; that must keep nobody from removing it, but what is its own must."""
+    async with both.lab(tasks={"events": ("task.*", "crawl.*")}) as lab:
+        stream, group = lab.channel("tasks").address, lab.subscription("worker").group
+        await lab.publish_many(3, "crawl.page")
+        await lab.publish(headers={"dlq-agent": "other"})
+        await raw.xreadgroup(group, "somebody", {stream: ">"})
+        (gone, *_) = await raw.xrange(stream)
+        await raw.xdel(stream, gone[0])  # its own reader has settled it
+        lag = await lab.lag()
+        assert (lag.waiting, lag.in_flight, lag.oldest_s) == (0, 0, 0)
+        idle = await seen(lab, f"{stream}/{group}")
+        assert idle.events == 0
+        await lab.publish()
+        await raw.xreadgroup(group, "somebody", {stream: ">"})
+        assert (await lab.lag()).in_flight == 1
+        assert (await seen(lab, f"{stream}/{group}")).events == 1
+        with pytest.raises(RefusedError, match="changed"):
+            await lab.connection.delete(idle)
+        await raw.xack(stream, group, (await raw.xrevrange(stream, count=1))[0][0])
+        await lab.connection.delete(idle)
+        assert await raw.xinfo_groups(stream) == []
+
+
 async def test_a_channel_that_another_topology_reads_is_not_deleted(rig: Rig) -> None:
     async with rig.lab() as lab, rig.lab() as other:
         theirs = replace(lab.channel("events"), broker="main", external=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -150,6 +151,15 @@ async def test_rights_without_which_nothing_is_settled_are_asked_for(
         await asyncio.gather(*settled)
         await eventually(lambda: reader.troubles[-1] is None, what="the end of the trouble")
         assert len(await lab.stored("events")) == 1
+
+
+async def test_a_host_that_stands_still_while_connecting_still_connects(rig: Rig) -> None:
+    """All of the patience passes before this process gets to hear the answer."""
+    topology = rig.topology({})
+    connecting = asyncio.create_task(rig.adapter.connect(topology, topology.brokers["main"], name="test", patience=0.5))
+    await asyncio.sleep(0)
+    asyncio.get_running_loop().call_soon(time.sleep, 1.0)
+    await (await connecting).close()
 
 
 async def test_nobody_there_is_said_without_the_password(tmp_path: Path) -> None:

@@ -14,15 +14,12 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from redis.exceptions import AuthenticationError
 
 from orchestrator import clock
-from orchestrator.brokers import base as border
 from orchestrator.brokers.base import (
     Capabilities,
     Connection,
-    Desired,
     Done,
     Fact,
     Lag,
-    Observed,
     Outgoing,
     Producer,
     Start,
@@ -30,10 +27,11 @@ from orchestrator.brokers.base import (
 )
 from orchestrator.brokers.redis import resource_scripts, resources
 from orchestrator.brokers.redis.consumer import LEASE, RedisConsumer
+from orchestrator.brokers.redis.entries import check, fields, parse, refusal
 from orchestrator.brokers.redis.link import Link, Wire, base
-from orchestrator.brokers.redis.pump import Op, Pump, Source, check, fields, is_queue, refusal
+from orchestrator.brokers.redis.pump import Op, Pump
 from orchestrator.brokers.redis.resources import Resources
-from orchestrator.brokers.redis.settling import parse
+from orchestrator.brokers.redis.scripts import Source, is_queue
 from orchestrator.errors import BrokerError, BrokerUnavailable, PublishRejected, ResourceMissing
 from orchestrator.topology.model import Broker, Channel, Mode, Subscription, Topology, matches
 
@@ -154,11 +152,8 @@ class RedisConnection(Resources, Connection):
     async def lag(self, subscriptions: Sequence[Subscription]) -> Mapping[tuple[str, str], Lag]:
         found: dict[tuple[str, str], Lag] = {}
         for sub in subscriptions:
-            stream = self.topology.channels[sub.channel].address
-            left = await self.backlog(stream, sub.group, sub.events)
-            seconds = max(0.0, await self._now() - left.oldest / 1000) if left.oldest else 0.0
-            in_flight = left.pending - left.delayed
-            found[sub.agent, sub.channel] = Lag(left.waiting, in_flight, left.delayed, seconds, left.lost)
+            left, _ = await self.backlog(self.topology.channels[sub.channel].address, sub.group, sub.events)
+            found[sub.agent, sub.channel] = left
         return found
 
     async def seek(self, subscription: Subscription, start: Start) -> None:
@@ -191,10 +186,6 @@ class RedisConnection(Resources, Connection):
         channel = self.topology.channels[subscription.channel]
         return Source(channel.address, subscription.group, "", queue=is_queue(channel))
 
-    async def _now(self) -> float:
-        seconds, micros = await self.link.call("", "TIME")
-        return int(seconds) + int(micros) / 1e6
-
     async def facts(self) -> list[Fact]:
         info = _info(await self.link.call("", "INFO"))
         version = info.get("redis_version", "?")
@@ -211,7 +202,7 @@ class RedisConnection(Resources, Connection):
         evicts = policy != "noeviction" and info.get("maxmemory", "0") != "0"
         hint = "the server may delete streams and histories: set maxmemory-policy noeviction"
         found.append(Fact("maxmemory-policy", policy, *(("error", hint) if evicts else ())))
-        off = await self._now() - clock.now()
+        off = await self.now() - clock.now()
         hint = "retries and ages go by the server's clock: run NTP on both"
         found.append(Fact("clock difference", f"{off:+.1f} s", *(("warning", hint) if abs(off) > 2 else ())))
         return found
@@ -373,31 +364,27 @@ class RedisAdapter:
         ),
     )
 
-    def desired(self, topology: Topology, broker: Broker) -> list[Desired]:
-        return resources.desired(topology, broker)
-
-    def judge(
-        self, kind: str, setting: str, old: border.Setting, new: border.Setting, observed: Observed
-    ) -> border.Verdict:
-        return resources.judge(kind, setting, old, new, observed)
+    desired = staticmethod(resources.desired)
+    judge = staticmethod(resources.judge)
 
     async def connect(self, topology: Topology, broker: Broker, *, name: str, patience: float = 5.0) -> RedisConnection:
         link = Link(broker, name)
         loop = asyncio.get_running_loop()
         deadline = loop.time() + patience
+        last = False
         while True:
             try:
-                info = _info(await asyncio.wait_for(link.call("", "INFO", "server"), patience))
+                info = _info(await asyncio.wait_for(link.call("", "INFO", "server"), 1.0 if last else patience))
                 break
             except (TimeoutError, BrokerError) as error:
-                wrong = isinstance(error.__cause__, AuthenticationError) or not isinstance(
-                    error, (BrokerUnavailable, asyncio.TimeoutError)
-                )
-                if wrong or loop.time() > deadline:
+                refused = isinstance(error, BrokerError) and not isinstance(error, BrokerUnavailable)
+                wrong = refused or isinstance(error.__cause__, AuthenticationError)
+                if wrong or last:
                     link.close()
                     hint = "check brokers.*.auth" if wrong else "is the server running, and is the url right?"
                     why = (error.__cause__ or error) if str(error) else f"no answer in {patience:g} s"
                     raise BrokerUnavailable(f"cannot reach {link.address}: {why}", hint=hint) from error
+                last = loop.time() > deadline  # if it was this host that stood still, one more try tells
                 await asyncio.sleep(0.1)
         version = tuple(int(part) for part in info.get("redis_version", "0").split(".")[:2])
         if version < (6, 2):

@@ -10,21 +10,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
-import socket
-import uuid
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from redis.exceptions import ResponseError
 
-from orchestrator.brokers.base import FRESH, Consumer, Delivery, Done, Ended, History, Left, Outgoing, Sink
+from orchestrator.brokers.base import Consumer, Delivery, Done, History, Left, Sink
 from orchestrator.brokers.redis import reading_scripts as scripts
-from orchestrator.brokers.redis.link import ERRORS, Wire, digest, passing
-from orchestrator.brokers.redis.pump import Source
-from orchestrator.brokers.redis.settling import Holdings, RedisDelivery
+from orchestrator.brokers.redis.link import Wire, digest
+from orchestrator.brokers.redis.settling import Holdings, RedisDelivery, history
 from orchestrator.errors import BrokerError, ResourceMissing
-from orchestrator.topology.model import Channel, Subscription, matches
+from orchestrator.topology.model import Subscription, matches
 
 if TYPE_CHECKING:
     from orchestrator.brokers.redis.connection import RedisConnection
@@ -35,13 +32,9 @@ BLOCK = 0.25  # seconds a read waits; what is due later than that is noticed by 
 _log = logging.getLogger(__name__)
 
 
-class RedisConsumer(Consumer):
+class RedisConsumer(Holdings, Consumer):
     def __init__(self, connection: RedisConnection, subscription: Subscription, slot: str) -> None:
-        self._connection, self._link = connection, connection.link
-        self._subscription = subscription
-        self._channel: Channel = connection.topology.channels[subscription.channel]
-        self.me = f"{slot}@{socket.gethostname()[:60]}.{os.getpid()}.{uuid.uuid4().hex[:6]}"
-        self._held = Holdings(connection, self._channel, subscription, self.me, lambda why: self._trouble("read", why))
+        super().__init__(connection, subscription, slot)
         self._counts = connection.loss_detection(subscription)
         self._untyped = connection.takes_untyped(subscription)
         self._wanted: dict[str | None, bool] = {}
@@ -52,8 +45,6 @@ class RedisConsumer(Consumer):
         self._trimmed = -1
         self._unbroken = 0.0  # loop time since when every heartbeat has been answered; 0: the last was not
         self._beaten = 0.0, 0  # the last heartbeat: loop time, and milliseconds of the server's clock
-        self._troubles: dict[str, str] = {}
-        self._told: str | None = None
         self._take_at = 0.0
         self._stopping = False
         self._closed = False
@@ -61,24 +52,24 @@ class RedisConsumer(Consumer):
         self._reader: Wire | None = None
         self._reader_id = 0
         self._tasks: list[asyncio.Task[None]] = []
+        self._write_trouble = partial(self.trouble, "write")
 
     # --- start ------------------------------------------------------------------------------------------------
 
     async def open(self, sink: Sink) -> None:
-        self._sink = sink
-        main = self._held.sources[0]
-        if main.group not in await self._connection.groups(main.stream):
+        self.sink = sink
+        main = self.main
+        if main.group not in await self.connection.groups(main.stream):
             raise ResourceMissing(
                 f"the consumer group {main.group} does not exist on the stream {main.stream}",
                 hint="run `orchestrator apply`",
             )
         self._loop = asyncio.get_running_loop()
-        self._pump = self._connection.pump(main.stream)
-        self._held.sink, self._held.pump = sink, self._pump
+        self.pump = self.connection.pump(main.stream)
         await self._beat()
         if self._counts:
-            self._lost(await self._link.script(scripts.LOST, [main.stream], *main.args, self._counts))
-        self._pump.listeners.add(self._pump_trouble)
+            self._lost(await self.link.script(scripts.LOST, [main.stream], *main.args, self._counts, self.last))
+        self.pump.listeners.add(self._write_trouble)
         self._tasks = [
             self._loop.create_task(self._read_on(), name=f"redis read {self.me}"),
             self._loop.create_task(self._beat_on(), name=f"redis beat {self.me}"),
@@ -87,7 +78,7 @@ class RedisConsumer(Consumer):
     def demand(self, free: int) -> None:
         self._free = free
         if free > 0:
-            if self._hungry and not self._held.suspect and self._loop.time() < self._take_at:
+            if self._hungry and not self.suspect and self._loop.time() < self._take_at:
                 self._ask(self._reader)  # at once: before what is settled now, which takes the server longer
             self._wake.set()
         if free < self._asked:
@@ -99,32 +90,32 @@ class RedisConsumer(Consumer):
         pause = 0.1
         while not self._stopping:
             try:
-                await self._read_once()
-                self._trouble("read", None)
+                with self.link.translated():
+                    await self._read_once()
+                self.trouble("read", None)
                 pause = 0.1
                 continue
-            except ERRORS as error:
-                if str(error).startswith("NOSCRIPT"):
+            except BrokerError as error:
+                word = str(error.__cause__)
+                if word.startswith("NOSCRIPT"):
                     pause = 0.0  # the server forgot its scripts: the next reader loads them
-                elif str(error).startswith(("NOGROUP", "UNBLOCKED")):
-                    await self._held.heal()
+                elif word.startswith(("NOGROUP", "UNBLOCKED")):
+                    await self.heal()
                 else:
-                    self._link.doubt(error)
-                    known = str(self._link.explain(error)) if passing(error) else f"{self._link.address}: {error}"
-                    self._trouble("read", known)
+                    self.trouble("read", str(error))
             except Exception as error:  # a mistake of ours: it must be seen, and reading must go on
-                _log.exception("reading %s failed", self._channel.address)
-                self._trouble("read", f"{type(error).__name__}: {error}")
+                _log.exception("reading %s failed", self.channel.address)
+                self.trouble("read", f"{type(error).__name__}: {error}")
             self._forget_reader()
-            self._held.suspect = True
+            self.suspect = True
             await asyncio.sleep(pause)
             pause = min(1.0, 2 * pause or 0.1)
         self._forget_reader()
 
     async def _read_once(self) -> None:
-        if self._held.suspect:
-            await self._held.adopt()
-            self._held.suspect = False
+        if self.suspect:
+            await self.adopt()
+            self.suspect = False
         if self._free <= 0:
             self._wake.clear()
             self._hungry = True
@@ -142,19 +133,19 @@ class RedisConsumer(Consumer):
 
     async def _take(self) -> None:
         """What is due, and the inbox."""
-        keys, sources = self._held.both
-        got, gone, wait = await self._link.raw(scripts.TAKE, keys, self._free, *sources)
+        keys, sources = self.both_args
+        got, gone, wait = await self.link.script(scripts.TAKE, keys, self._free, *sources)
         self._take_at = self._loop.time() + (min(BLOCK, wait / 1000) if wait >= 0 else BLOCK)
         if len(got) >= self._free:
             self._take_at = 0.0
         self._gone(gone)
-        self._hand_out([self._delivery(source, entry, flat, n, kept) for source, entry, flat, n, kept in got])
+        self._hand_out([RedisDelivery(self.both[at], entry, flat, n, kept) for at, entry, flat, n, kept in got])
 
     def _ask(self, reader: Wire | None) -> None:
         """Sends the next read."""
         if reader is None or self._reading is not None or self._stopping:
             return
-        main = self._held.sources[0]
+        main = self.main
         wait = max(1, int(1000 * min(BLOCK, self._take_at - self._loop.time())))
         # not all at once: the server looks for the second half while the first is handled here
         self._asked = min(self._free, max(_HALF, self._free // 2))
@@ -162,7 +153,7 @@ class RedisConsumer(Consumer):
             "XREADGROUP", "GROUP", main.group, self.me, "COUNT", self._asked, "BLOCK", wait,
             "STREAMS", main.stream, ">",
         )  # fmt: skip
-        look = ("EVALSHA", digest(scripts.LOST), 1, main.stream, *main.args, self._counts)
+        look = ("EVALSHA", digest(scripts.LOST), 1, main.stream, *main.args, self._counts, self.last)
         # "next": looked at afterwards too, so that the first entry that is still unread is remembered
         self._reading = reader.send(*{"": (read,), "count": (look, read), "next": (look, read, look)}[self._counts])
 
@@ -179,12 +170,12 @@ class RedisConsumer(Consumer):
             self._lost(answers[0])
         if found := answers[1 if self._counts else 0]:
             entries = found[0][1]
-            self._held.last = entries[-1][0].decode()
-            self._hand_out([self._delivery(0, entry, flat, 1, None) for entry, flat in entries])
+            self.last = entries[-1][0].decode()
+            self._hand_out([RedisDelivery(self.main, entry, flat, 1, None) for entry, flat in entries])
 
     async def _connect_reader(self) -> None:
         self._forget_reader()
-        reader = self._reader = await self._link.fresh(self._channel.address)
+        reader = self._reader = await self.link.fresh(self.channel.address)
         self._reader_id = await reader.ask("CLIENT", "ID")
         await reader.ask("SCRIPT", "LOAD", scripts.LOST)
 
@@ -197,41 +188,34 @@ class RedisConsumer(Consumer):
         """Ends a blocked read without losing what it may just be given, as cancelling it would."""
         if self._asked:
             self._asked = 0  # once is enough
-            self._held.beside(self._link.call(self._channel.address, "CLIENT", "UNBLOCK", self._reader_id))
+            self.beside(self.link.call(self.channel.address, "CLIENT", "UNBLOCK", self._reader_id))
 
-    def _delivery(self, source: int, entry: bytes, flat: Sequence[bytes], count: int, kept: bytes | None) -> Delivery:
-        stream, history = self._held.sources[source].stream, _history(entry, kept) if kept else FRESH
-        delivery = RedisDelivery(source, stream, self._channel.name, self.me, entry, flat or (), history)
-        delivery.redelivered, delivery.kept = count > 1, bool(kept)
-        return delivery
-
-    def _hand_out(self, deliveries: Sequence[Delivery]) -> None:
-        fit: list[Delivery] = []
-        for found in deliveries:
-            delivery = cast(RedisDelivery, found)
-            at = (delivery.source, delivery.entry)
-            if at in self._held.live:
+    def _hand_out(self, deliveries: Sequence[RedisDelivery]) -> None:
+        fit, main, wanted = list[RedisDelivery](), self.main, self._wanted
+        for delivery in deliveries:
+            live = delivery.origin.live
+            if delivery.entry in live:
                 continue  # read again after the group was made anew; it is running here
-            if delivery.source == 0 and not self._wants(delivery):
-                self._held.skip(delivery)
+            if delivery.origin is main and (
+                "dlq-agent" in delivery.headers  # a dead letter is read with `dlq`; it never feeds an agent
+                or not (wanted.get(delivery.event_type) or self._wants(delivery.event_type))
+            ):
+                self.skip(delivery)
             elif len(fit) >= self._free or self._stopping:
-                self._held.unstarted(delivery)
+                self.release([delivery])
             else:
-                self._held.live[at] = delivery
+                live[delivery.entry] = delivery
                 fit.append(delivery)
         if fit:
             self._free -= len(fit)
-            self._sink.deliver(fit)
+            self.sink.deliver(fit)
 
-    def _wants(self, delivery: RedisDelivery) -> bool:
-        if "dlq-agent" in delivery.headers:
-            return False  # a dead letter is read with `dlq`; it never feeds an agent
-        kind = delivery.event_type
+    def _wants(self, kind: str | None) -> bool:
         if kind not in self._wanted:
             if len(self._wanted) > 10_000:
                 self._wanted.clear()
             self._wanted[kind] = (
-                self._untyped if kind is None else any(matches(p, kind) for p in self._subscription.events)
+                self._untyped if kind is None else any(matches(p, kind) for p in self.subscription.events)
             )
         return self._wanted[kind]
 
@@ -240,19 +224,11 @@ class RedisConsumer(Consumer):
         if not count:
             return
         what = f"{count} unread events were" if count > 0 else "unread events (number unknown before Redis 7) were"
-        self._sink.alarm(f"{what} trimmed from {self._channel.address} before {self._subscription.agent} read them")
+        self.sink.alarm(f"{what} trimmed from {self.channel.address} before {self.subscription.agent} read them")
 
     def _gone(self, count: int) -> None:
         if count:
-            self._sink.alarm(f"{count} events that waited to run again were deleted from {self._channel.address}")
-
-    # --- ends -------------------------------------------------------------------------------------------------
-
-    def settle(self, delivery: Delivery, outputs: Sequence[Outgoing], done: Done) -> None:
-        self._held.settle(delivery, outputs, done)
-
-    def mark(self, delivery: Delivery, history: History, done: Done) -> None:
-        self._held.mark(cast(RedisDelivery, delivery), history, done)
+            self.sink.alarm(f"{count} events that waited to run again were deleted from {self.channel.address}")
 
     def retry(self, delivery: Delivery, history: History, delay: float, done: Done) -> None:
         due = self._loop.time() + delay
@@ -263,11 +239,7 @@ class RedisConsumer(Consumer):
                 self._unblock()
             done(error)
 
-        self._held.give_back(cast(RedisDelivery, delivery), history, delay, "0", stored)
-
-    def release(self, deliveries: Sequence[Delivery]) -> None:
-        for delivery in deliveries:
-            self._held.unstarted(cast(RedisDelivery, delivery))
+        self.give_back(cast(RedisDelivery, delivery), history, delay, "0", stored)
 
     # --- lease ------------------------------------------------------------------------------------------------
 
@@ -276,13 +248,13 @@ class RedisConsumer(Consumer):
             await asyncio.sleep(LEASE / 5 if self._unbroken else 0.3)
             try:
                 await self._beat()
-                self._trouble("beat", None)
+                self.trouble("beat", None)
             except BrokerError as error:
                 self._unbroken = 0.0
-                self._trouble("beat", str(error))
+                self.trouble("beat", str(error))
             except Exception as error:  # a mistake of ours: it must be seen, and the lease be kept
                 _log.exception("a heartbeat of %s failed", self.me)
-                self._trouble("beat", f"{type(error).__name__}: {error}")
+                self.trouble("beat", f"{type(error).__name__}: {error}")
 
     async def _beat(self, dead: Sequence[str] = ()) -> None:
         now, (last, clock) = self._loop.time(), self._beaten
@@ -290,23 +262,22 @@ class RedisConsumer(Consumer):
             self._unbroken = 0.0  # this process stood still, so others may have
         reap = bool(self._unbroken) and now - self._unbroken > LEASE
         expected = int(clock + 1000 * (now - last))
-        age = int((self._channel.retention.max_age or 0) * 1000) if not self._channel.external else 0
-        keys, sources = self._held.both
+        age = int((self.channel.retention.max_age or 0) * 1000) if not self.channel.external else 0
+        keys, sources = self.both_args
         head = (int(LEASE * 1000), int(reap), expected, age, len(dead), *dead)
-        given_up, epoch, trimmed, gone, clock = await self._link.script(scripts.BEAT, keys, *head, *sources)
+        given_up, epoch, trimmed, gone, clock = await self.link.script(scripts.BEAT, keys, *head, *sources)
         if not self._unbroken or abs(clock - expected) > LEASE * 500:
             self._unbroken = now
         self._beaten = now, clock
         self._gone(gone)
-        self._held.suspect = True
+        self.suspect = True
         self._wake.set()  # to look for what an answer lost
-        if self._held.epoch is None:
-            self._held.epoch = epoch
-        elif epoch != self._held.epoch:
-            await self._held.reclaim()
+        if self.epoch is None:
+            self.epoch = epoch
+        elif epoch != self.epoch:
+            await self.reclaim()
         elif given_up:
-            for number, source in enumerate(self._held.sources):
-                await self._held.compare(number, source, force=False)
+            await self.compare(force=False)
         if not self._counts and 0 <= self._trimmed < trimmed:
             self._lost(trimmed - self._trimmed)
         self._trimmed = trimmed
@@ -316,8 +287,8 @@ class RedisConsumer(Consumer):
 
     async def _beat_once(self) -> None:
         """In a thread and a loop of its own, with a connection of its own."""
-        main = self._held.sources[0]
-        link = self._connection.new_link()
+        main = self.main
+        link = self.connection.new_link()
         try:
             clock = await link.call(main.stream, "TIME")
             now = int(clock[0]) * 1000 + int(clock[1]) // 1000
@@ -329,28 +300,18 @@ class RedisConsumer(Consumer):
 
     async def recover(self, left: Sequence[Left]) -> None:
         dead: set[str] = set()
-        for number, source in enumerate(self._held.sources):
-            found: list[tuple[bytes, str, Ended]] = []
-            for one in left:
-                where, place, owner = one.token.decode().split(" ", 2)
-                dead.add(owner)
-                if int(where) == number:
-                    found.append((place.encode(), owner, one.ended))
-            if not found:
-                continue
-            pairs = [part for entry, owner, _ in found for part in (entry, owner)]
-            held = await self._link.script(scripts.HELD, [source.stream], *source.args, len(found), *pairs)
-            for (entry, owner, ended), kept in zip(found, held, strict=True):
-                if kept is not None:
-                    await self._recover_one(source, entry, owner, ended, kept)
+        for one in left:
+            number, place, owner = one.token.decode().split(" ", 2)
+            dead.add(owner)
+            origin, entry = self.both[int(number)], place.encode()
+            kept = await self.link.script(scripts.HELD, [origin.stream], *origin.args, entry, owner)
+            if kept is not None:
+                before = history(entry, kept)
+                after = self.sink.on_crash(before, one.ended)
+                await self.put_back(origin, entry, owner, after.encode() if after != before else b"", 0)
         if dead:
             await self._beat(sorted(dead))
             self._take_at = 0.0
-
-    async def _recover_one(self, source: Source, entry: bytes, owner: str, ended: Ended, kept: bytes) -> None:
-        before = _history(entry, kept)
-        after = self._sink.on_crash(before, ended)
-        await self._held.put_back(source, entry, owner, after.encode() if after != before else b"", 0)
 
     # --- the end ----------------------------------------------------------------------------------------------
 
@@ -368,36 +329,15 @@ class RedisConsumer(Consumer):
             return
         await self.drain()
         self._closed = True
-        for delivery in list(self._held.live.values()):
-            self._held.give_back(delivery, None, 0, "", self._held.told)
-        await self._pump.flush(3.0)
+        for delivery in [one for origin in self.both for one in origin.live.values()]:
+            self.give_back(delivery, None, 0, "", self.told)
+        await self.pump.flush(3.0)
         for task in self._tasks:
             task.cancel()
         await asyncio.wait(self._tasks)
-        await self._held.end()
-        self._pump.listeners.discard(self._pump_trouble)
+        await self.end()
+        self.pump.listeners.discard(self._write_trouble)
         self._forget_reader()
-        keys, sources = self._held.both
+        keys, sources = self.both_args
         with contextlib.suppress(BrokerError, asyncio.TimeoutError):  # the lease ends what is left of us
-            await asyncio.wait_for(self._link.script(scripts.LEAVE, keys, *sources), 3.0)
-
-    def _pump_trouble(self, reason: str | None) -> None:
-        self._trouble("write", reason)
-
-    def _trouble(self, where: str, reason: str | None) -> None:
-        if reason is None:
-            self._troubles.pop(where, None)
-        else:
-            self._troubles[where] = reason
-        now = next(iter(self._troubles.values()), None)
-        if now != self._told:
-            self._told = now
-            self._sink.trouble(now)
-
-
-def _history(entry: bytes, kept: bytes) -> History:
-    try:
-        return History.decode(kept) if kept else FRESH
-    except (ValueError, TypeError):
-        _log.warning("the history of %s is unreadable and is begun anew", entry.decode())
-        return FRESH
+            await asyncio.wait_for(self.link.script(scripts.LEAVE, keys, *sources), 3.0)

@@ -216,11 +216,6 @@ class Link:
     async def script(self, script: str, keys: Sequence[str], *args: object) -> Any:
         """One script on the server of its first key. Raises as call()."""
         with self.translated():
-            return await self.raw(script, keys, *args)
-
-    async def raw(self, script: str, keys: Sequence[str], *args: object) -> Any:
-        """As script(), with the library's own errors. Sends the text only to a server that does not know it."""
-        try:
             wire = await self.at(keys[0])
             try:
                 return await wire.ask("EVALSHA", digest(script), len(keys), *keys, *args)
@@ -228,32 +223,25 @@ class Link:
                 if not str(error).startswith("NOSCRIPT"):
                     raise
                 return await wire.ask("EVAL", script, len(keys), *keys, *args)
-        except ERRORS as error:
-            self.doubt(error)
-            raise
-
-    def doubt(self, error: BaseException) -> None:
-        """After an error: another server may have to be asked."""
-        if passing(error):
-            self._slots = []
-        if str(error).startswith(_MOVING):
-            for wire in self._shared.values():
-                wire.close()
 
     @contextlib.contextmanager
     def translated(self) -> Iterator[None]:
         try:
             yield
         except ERRORS as error:
-            self.doubt(error)
             raise self.explain(error) from error
 
     def explain(self, error: BaseException) -> BrokerError:
-        if passing(error):
-            return BrokerUnavailable(
-                f"{self.address} does not answer: {error}", hint="is the server running, and is the url right?"
-            )
-        return BrokerError(f"{self.address} refused: {error}", hint="look at the server's permissions (ACL) and state")
+        """What an error means; after it another server may have to be asked."""
+        if str(error).startswith(_MOVING):
+            for wire in self._shared.values():
+                wire.close()
+        if not passing(error):
+            hint = "look at the server's permissions (ACL) and state"
+            return BrokerError(f"{self.address} refused: {error}", hint=hint)
+        self._slots = []
+        hint = "is the server running, and is the url right?"
+        return BrokerUnavailable(f"{self.address} does not answer: {error}", hint=hint)
 
     def close(self) -> None:
         for wire in self._shared.values():

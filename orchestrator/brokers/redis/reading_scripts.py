@@ -116,9 +116,11 @@ return {fresh, redis.call('HGET', meta, 'epoch/' .. main.group) or '0',
 )
 
 #: Unread entries that were trimmed since the last read, called just before the next one; -1: some, number unknown.
-#: `how`: count (7.0, where the counters hold) or next (the first unread entry is remembered).
+#: `how`: count (7.0, where the counters hold) or next (the first unread entry is remembered). While an entry is there
+#: that the caller has read, nothing behind it can have been trimmed: that is the usual case, and settled first.
 LOST = (
-    PRELUDE
+    "if ARGV[6] == 'count' and #redis.call('XRANGE', KEYS[1], '-', ARGV[7], 'COUNT', 1) > 0 then return 0 end"
+    + PRELUDE
     + """
 local s, how = source(), arg()
 local g = groups(s.stream)[s.group]
@@ -170,17 +172,12 @@ return answers
 """
 )
 
-#: What recover needs: for each (id, consumer) its history ('' fresh), or false when that consumer has it no more.
+#: What recover needs of an entry: its history ('' fresh), or false when that consumer has it no more.
 HELD = (
     PRELUDE
     + """
-local s, answers = source(), {}
-for i = 1, num() do
-  local id, owner = arg(), arg()
-  local who, count = holder(s, id)
-  answers[i] = who == owner and (redis.call('HGET', key(s, 'history'), id) or '')
-end
-return answers
+local s, id, owner = source(), arg(), arg()
+return holder(s, id) == owner and (redis.call('HGET', key(s, 'history'), id) or '')
 """
 )
 

@@ -122,29 +122,22 @@ return redis.call('XADD', KEYS[1], '*', unpack(ARGV, 2))
 """
 
 #: One page of entries without their bodies, which may be large: {id, type or false, whether it is a dead letter} each.
+#: With a group, of what is pending in it; what was deleted is as little to be read as a dead letter.
 KINDS = (
     PRELUDE
     + """
-local found = {}
-for i, entry in ipairs(redis.call('XRANGE', KEYS[1], ARGV[1], ARGV[2], 'COUNT', ARGV[3])) do
-  local fields = named(entry[2])
-  found[i] = {entry[1], fields.event_type or false, fields['dlq-agent'] and 1 or 0}
+local found, group = {}, ARGV[4]
+local page
+if group then page = redis.call('XPENDING', KEYS[1], group, ARGV[1], ARGV[2], ARGV[3])
+else page = redis.call('XRANGE', KEYS[1], ARGV[1], ARGV[2], 'COUNT', ARGV[3]) end
+for i, entry in ipairs(page) do
+  local there = not group and entry or redis.call('XRANGE', KEYS[1], entry[1], entry[1])[1]
+  local fields = there and named(there[2]) or {}
+  found[i] = {entry[1], fields.event_type or false, (not there or fields['dlq-agent']) and 1 or 0}
 end
 return found
 """
 )
-
-#: How many entries lie behind an id, counted up to a bound.
-BEHIND = """
-local count, from = 0, '(' .. ARGV[1]
-while count < 20000 do
-  local page = redis.call('XRANGE', KEYS[1], from, '+', 'COUNT', 500)
-  count = count + #page
-  if #page < 500 then break end
-  from = '(' .. page[#page][1]
-end
-return count
-"""
 
 #: Lets entries of a queue be read again that its group has passed without settling (it reads more types now).
 STRANDED = (

@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, cast
 
 from orchestrator.brokers.base import (
     Allowed,
     Desired,
+    Lag,
     Observed,
     ResourceId,
     Setting,
@@ -24,7 +24,7 @@ from orchestrator.brokers.base import (
 )
 from orchestrator.brokers.redis import resource_scripts
 from orchestrator.brokers.redis.link import Link, base
-from orchestrator.brokers.redis.pump import Source, is_queue
+from orchestrator.brokers.redis.scripts import Source, is_queue
 from orchestrator.errors import BrokerError, RefusedError, ResourceMissing
 from orchestrator.topology.model import Broker, Channel, Mode, Subscription, Topology, matches
 
@@ -86,18 +86,6 @@ def position(start: Start) -> str:
     return "0" if start == "earliest" else "$"
 
 
-@dataclass(frozen=True)
-class Backlog:
-    """A group's unsettled events."""
-
-    waiting: int
-    pending: int
-    delayed: int
-    exact: bool
-    oldest: int  # milliseconds since the epoch; 0 when there is none
-    lost: int
-
-
 class Resources:
     """The part of a connection that makes, reads and removes resources for one topology."""
 
@@ -118,9 +106,10 @@ class Resources:
 
     async def _observe(self, resource: ResourceId) -> Observed | None:
         stream, group = _split(resource)
-        label = await self._label(stream, group)
         if not await self.link.call(stream, "EXISTS", stream):
             return None
+        found = await self.link.call(stream, "HGET", f"{base(stream)}:meta", _field(group))
+        label = json.loads(found) if found else {}
         settings: dict[str, Setting] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in label.get("settings", {}).items()
         }
@@ -132,35 +121,30 @@ class Resources:
             return Observed(resource, settings, owner, version, info["length"], size, protect=protect)
         if group not in await self.groups(stream):
             return None
-        left = await self.backlog(stream, group, tuple(label.get("settings", {}).get("events", ())))
-        return Observed(resource, settings, owner, identity, left.waiting + left.pending, exact=left.exact)
-
-    async def _label(self, stream: str, group: str) -> dict[str, Any]:
-        key = f"{base(stream)}:meta"
-        found = await self.link.call(stream, "HGET", key, f"group/{group}" if group else "channel")
-        return dict(json.loads(found)) if found else {}
+        left, exact = await self.backlog(stream, group, _patterns(settings))
+        return Observed(resource, settings, owner, identity, left.waiting + left.in_flight + left.delayed, exact=exact)
 
     async def stream_info(self, stream: str) -> dict[str, Any]:
         """XINFO STREAM. Raises ResourceMissing."""
-        try:
-            return _named(await self.link.call(stream, "XINFO", "STREAM", stream))
-        except BrokerError as error:
-            if "no such key" in str(error):
-                raise ResourceMissing(f"the stream {stream} does not exist", hint="run `orchestrator apply`") from None
-            raise
+        found = await self._info("STREAM", stream)
+        if not found:
+            raise ResourceMissing(f"the stream {stream} does not exist", hint="run `orchestrator apply`")
+        return _named(found)
 
     async def groups(self, stream: str) -> dict[str, dict[str, Any]]:
         """XINFO GROUPS by name; none when there is no stream."""
+        return {group["name"].decode(): group for group in map(_named, await self._info("GROUPS", stream))}
+
+    async def _info(self, what: str, stream: str) -> Sequence[Any]:
         try:
-            found = await self.link.call(stream, "XINFO", "GROUPS", stream)
+            return cast(Sequence[Any], await self.link.call(stream, "XINFO", what, stream))
         except BrokerError as error:
             if "no such key" in str(error):
-                return {}
+                return ()
             raise
-        return {group["name"].decode(): group for group in map(_named, found)}
 
-    async def backlog(self, stream: str, group: str, events: Sequence[str]) -> Backlog:
-        """Raises ResourceMissing when there is no such group."""
+    async def backlog(self, stream: str, group: str, events: Sequence[str]) -> tuple[Lag, bool]:
+        """A group's unsettled events, and whether that is exact. Raises ResourceMissing when there is no such group."""
         main = Source(stream, group, "", queue=False)
         inbox = Source(main.key("inbox"), group, "", queue=True)
         known = (await self.groups(stream)).get(group)
@@ -169,8 +153,11 @@ class Resources:
         last = known["last-delivered-id"].decode()
         waiting, exact, first = await self._unread(stream, last, known.get("lag"), events)
         pending, oldest = known["pending"], [first] if first else []
-        if pending and (place := (await self.link.call(stream, "XPENDING", stream, group))[1]) is not None:
-            oldest.append(place.decode())  # (None: all was settled meanwhile)
+        if pending:  # what was read to be passed over is nobody's backlog
+            page = await self.link.script(resource_scripts.KINDS, [stream], "-", "+", _PAGE, group)
+            mine = [entry for entry, *of in page if _read_by(events, *of)]
+            pending = len(mine) if pending <= _PAGE else pending
+            oldest += mine[:1]
         delayed = await self.link.call(stream, "ZCARD", main.key("due"))
         again = (await self.groups(inbox.stream)).get(group)
         if again is not None:
@@ -178,22 +165,28 @@ class Resources:
             pending += again["pending"]
             delayed += await self.link.call(stream, "ZCARD", inbox.key("due"))
         lost = await self.link.call(stream, "HGET", f"{main.base}:meta", f"lost/{group}")
-        since = min((int(place.partition("-")[0]) for place in oldest), default=0)
-        return Backlog(waiting, pending, min(delayed, pending), exact, since, int(lost or 0))
+        since = min((int(place.partition(b"-")[0]) for place in oldest), default=0) / 1000
+        age = max(0.0, await self.now() - since) if since else 0.0
+        delayed = min(delayed, pending)
+        return Lag(waiting, pending - delayed, delayed, age, int(lost or 0)), exact
 
-    async def _unread(self, stream: str, last: str, lag: Any, events: Sequence[str]) -> tuple[int, bool, str]:
+    async def now(self) -> float:
+        """By the server's clock."""
+        seconds, micros = await self.link.call("", "TIME")
+        return int(seconds) + int(micros) / 1e6
+
+    async def _unread(self, stream: str, last: str, lag: Any, events: Sequence[str]) -> tuple[int, bool, bytes]:
         """Unread entries of the types that are read, whether that is exact, and the first one's id."""
-        count, first, start = 0, "", last
+        count, first, start = 0, b"", last
         for _ in range(_PAGES):
             page = await self.link.script(resource_scripts.KINDS, [stream], f"({start}", "+", _PAGE)
-            for entry, kind, letter in page:
-                if not letter and (kind is None or _any(events, kind)):
-                    count, first = count + 1, first or entry.decode()
+            mine = [entry for entry, *of in page if _read_by(events, *of)]
+            count, first = count + len(mine), first or next(iter(mine), b"")
             if len(page) < _PAGE:
                 return count, True, first
             start = page[-1][0].decode()
-        if not isinstance(lag, int):
-            lag = _PAGE * _PAGES + await self.link.script(resource_scripts.BEHIND, [stream], start)
+        if not isinstance(lag, int):  # Redis does not know
+            lag = await self.link.call(stream, "XLEN", stream)
         return max(count, int(lag)), False, first
 
     # --- making -----------------------------------------------------------------------------------------------
@@ -237,19 +230,17 @@ class Resources:
 
     async def update(self, wanted: Desired, observed: Observed) -> None:
         stream, group = _split(wanted.id)
-        field, what = f"group/{group}" if group else "channel", str(wanted.id)
-        key, identity = f"{base(stream)}:meta", observed.version.partition(" ")[0]
-        args = (field, self.topology.name, identity, self._new_label(wanted))
-        self._refuse((await self.link.script(resource_scripts.RELABEL, [key], *args)).decode(), what)
+        identity = observed.version.partition(" ")[0]
+        args = (_field(group), self.topology.name, identity, self._new_label(wanted))
+        word = await self.link.script(resource_scripts.RELABEL, [f"{base(stream)}:meta"], *args)
+        self._refuse(word.decode(), str(wanted.id))
         if group:
             await self._unstrand(stream, group, wanted, observed)
             return
         settings = wanted.settings
         if isinstance(settings["max_age"], (int, float)):
-            queue = int(settings["mode"] == Mode.QUEUE.value)
-            await self.link.script(
-                resource_scripts.TEND, [stream], stream, base(stream), int(settings["max_age"] * 1000), queue
-            )
+            tend = (stream, base(stream), int(settings["max_age"] * 1000), int(settings["mode"] == Mode.QUEUE.value))
+            await self.link.script(resource_scripts.TEND, [stream], *tend)
         if settings["max_events"] is not None and settings["overflow"] != "reject":
             await self.link.call(stream, "XTRIM", stream, "MAXLEN", "=", settings["max_events"])
         if settings["mode"] == Mode.QUEUE.value and observed.settings.get("mode") == Mode.LOG.value:
@@ -282,7 +273,11 @@ class Resources:
     async def delete(self, observed: Observed) -> None:
         stream, group = _split(observed.id)
         identity, _, last = observed.version.partition(" ")
-        args = (stream, base(stream), group, self.topology.name, identity, last, observed.events)
+        most = observed.events
+        if group in await self.groups(stream):  # beside what was read to be passed over
+            page = await self.link.script(resource_scripts.KINDS, [stream], "-", "+", _PAGE, group)
+            most += sum(not _read_by(_patterns(observed.settings), *of) for _, *of in page)
+        args = (stream, base(stream), group, self.topology.name, identity, last, most)
         word = (await self.link.script(resource_scripts.DELETE, [stream], *args)).decode()
         self._refuse(word, str(observed.id))
         if not group and word == "DELETED":
@@ -338,6 +333,11 @@ def _split(resource: ResourceId) -> tuple[str, str]:
     return stream, group
 
 
+def _field(group: str) -> str:
+    """Where in the hash beside a stream the label is."""
+    return f"group/{group}" if group else "channel"
+
+
 def _named(flat: Sequence[Any]) -> dict[str, Any]:
     pairs = iter(flat)
     return {key.decode(): value for key, value in zip(pairs, pairs, strict=True)}
@@ -346,6 +346,10 @@ def _named(flat: Sequence[Any]) -> dict[str, Any]:
 def _patterns(settings: Mapping[str, Setting]) -> tuple[str, ...]:
     events = settings.get("events", ())
     return events if isinstance(events, tuple) else ()
+
+
+def _read_by(patterns: Sequence[str], kind: bytes | None, letter: int) -> bool:
+    return not letter and (kind is None or _any(patterns, kind))
 
 
 def _any(patterns: Sequence[str], kind: bytes) -> bool:

@@ -16,6 +16,16 @@ Times are milliseconds of the server's clock. A script answers with words for wh
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+from orchestrator.brokers.base import Outgoing
+from orchestrator.brokers.redis.entries import FIELDS, headers_of
+from orchestrator.brokers.redis.link import base
+from orchestrator.topology.model import Channel, Mode, Overflow
+
+if TYPE_CHECKING:
+    from orchestrator.brokers.redis.pump import Op
+
 PRELUDE = """
 local clock = redis.call('TIME')
 local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
@@ -91,15 +101,14 @@ COMMIT = (
     PRELUDE
     + """
 local channels, shapes, sources, answers, number_of = {}, {}, {}, {}, 0
-for i = 1, num() do
+for i = 1, num() do -- outputs with the same fields on the same channel; event_id and payload are the 1st and 5th field
   local c = {stream = arg(), base = arg(), window = arg(), events = num(), bytes = num(), age = num(),
              queue = arg() == '1', reject = arg() == '1'}
   c.dedup, c.ids, c.bounded = c.window ~= '0', c.base .. ':id:', c.events > 0 or c.bytes > 0
-  channels[i] = c
-end
-for i = 1, num() do -- outputs with the same fields on the same channel; event_id and payload are the 1st and 5th field
-  local shape = {c = channels[num()], plain = arg() == '1', n = num()}
-  shape.add = {'XADD', shape.c.stream, '*'}
+  c = channels[c.stream] or c
+  channels[c.stream] = c
+  local shape = {c = c, plain = arg() == '1', n = num()}
+  shape.add = {'XADD', c.stream, '*'}
   for f = 1, shape.n do shape.add[2 * f + 2] = arg() end
   shapes[i] = shape
 end
@@ -257,7 +266,9 @@ end
 for i = 1, num() do
   local act, s = arg(), sources[num()]
   if act == 'ack' then
-    for k = 1, num() do try(settle, s, arg()) end
+    for k = 1, num() do
+      try(settle, s, arg())
+    end
   elseif act == 'publish' then
     try(put_all, outputs())
   else
@@ -282,3 +293,81 @@ end
 return answers
 """
 )
+
+
+class Source:
+    """A stream as one consumer group reads it; `args` is how a script gets it."""
+
+    def __init__(self, stream: str, group: str, me: str, *, queue: bool) -> None:
+        self.stream, self.group = stream, group
+        self.base = base(stream)
+        self.args = (stream, self.base, group, me, int(queue))
+
+    def key(self, what: str) -> str:
+        return f"{self.base}:g:{self.group}:{what}"
+
+
+def pack(batch: list[Op]) -> list[object]:
+    """The script's arguments; what acts have in common is said once, and then called by its number."""
+    acts, shapes = list[object](), dict[tuple[object, ...], int]()
+    said: list[object] = []  # of the shapes of outputs
+    sources: dict[Source, tuple[int, list[object]]] = {}  # number, and what is settled
+    for op in batch:
+        number = 0
+        if op.source is not None:
+            known = sources.get(op.source)
+            if known is None:
+                known = sources[op.source] = (len(sources) + 1, [])
+            number, settled = known
+            if op.act == "ack":
+                settled += op.args
+                acts += (op.act, number, len(op.args), *op.args)
+                continue
+            if op.act == "settle":
+                settled.append(op.args[0])
+        acts += (op.act, number, *op.args)
+        if op.act in ("publish", "settle"):
+            acts.append(len(op.outputs))
+            for message in op.outputs:
+                _output(message, shapes, said, acts)
+    args = [len(shapes), *said, len(sources)]
+    for source, (_, settled) in sources.items():
+        args += source.args
+        args += (settled[0], settled[-1], 2 * len(settled) + 16) if settled else ("", "", 0)
+    return [*args, len(batch), *acts]
+
+
+def _output(message: Outgoing, shapes: dict[tuple[object, ...], int], said: list[object], acts: list[object]) -> None:
+    headers = headers_of(message)
+    plain = message.message_id == message.event_id and not message.delay
+    shape = (id(message.channel), plain, *headers)
+    number = shapes.get(shape)
+    if number is None:
+        number = shapes[shape] = len(shapes) + 1
+        said += (*channel_args(message.channel), int(plain), len(FIELDS) + len(headers), *FIELDS, *headers)
+    acts.append(number)
+    if not plain:
+        acts += (message.message_id, int(message.delay * 1000))
+    acts += (
+        message.event_id, message.event_type, message.source_agent, message.correlation_id, message.body,
+        *headers.values(),
+    )  # fmt: skip
+
+
+def channel_args(channel: Channel) -> tuple[object, ...]:
+    """A channel as COMMIT gets it. What is external is never trimmed, bounded or emptied."""
+    kept = channel.retention
+    bounds = (kept.max_events or 0, kept.max_bytes or 0, int((kept.max_age or 0) * 1000))
+    return (
+        channel.address,
+        base(channel.address),
+        int(channel.dedup_window * 1000),
+        *((0, 0, 0) if channel.external else bounds),
+        int(is_queue(channel)),
+        int(channel.overflow is Overflow.REJECT),
+    )
+
+
+def is_queue(channel: Channel) -> bool:
+    """Whether settling deletes."""
+    return channel.mode is Mode.QUEUE and not channel.external
