@@ -195,7 +195,9 @@ class RedisConnection(Resources, Connection):
             found = [Fact("version", version, "warning", hint)]
         if info.get("aof_enabled") == "1":
             found.append(Fact("appendonly", "yes"))
-            found.append(_sync_fact(await self._setting("appendfsync")))
+            sync = await self._setting("appendfsync")
+            hint = "a power loss loses the last second: set appendfsync always"
+            found.append(Fact("appendfsync", sync, *(("warning", hint) if sync != "always" else ())))
         else:
             found.append(Fact("appendonly", "no", "error", "a restart loses confirmed events: set appendonly yes"))
         policy = info.get("maxmemory_policy", "?")
@@ -232,12 +234,6 @@ def _info(answer: bytes) -> dict[str, str]:
 def _place(entry: str) -> tuple[int, int]:
     left, _, right = entry.partition("-")
     return int(left), int(right)
-
-
-def _sync_fact(value: str) -> Fact:
-    if value == "always":
-        return Fact("appendfsync", value)
-    return Fact("appendfsync", value, "warning", "a power loss loses the last second: set appendfsync always")
 
 
 class RedisProducer(Producer):
