@@ -223,6 +223,17 @@ async def test_reply_reaches_the_inbox_of_the_asker(nats_server: NatsServer) -> 
             other.connection.producer().reply("evil *", answer, lambda error: None)
 
 
+async def test_inbox_for_replies_that_a_frozen_server_does_not_open_is_said() -> None:
+    server = NatsServer().start()
+    try:
+        async with rig(server.url) as made:
+            server.pause()
+            with pytest.raises(BrokerUnavailable):
+                await made.connection.replies(lambda body, headers: None)
+    finally:
+        server.close()
+
+
 async def test_publishing_without_permission_is_refused() -> None:
     rule = '{user: u, password: p, permissions: {publish: {deny: ["secret.>"]}}}'
     server = NatsServer(f"authorization {{ users: [{rule}] }}").start()

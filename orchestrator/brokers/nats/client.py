@@ -145,11 +145,11 @@ class Link:
             raise ApiError(verb, code, text)
         return result
 
-    async def api_pages(self, verb: str, field: str, body: Json | None = None) -> list[Json]:
+    async def api_pages(self, verb: str, field: str) -> list[Json]:
         """Every entry of a paged listing."""
         found: list[Json] = []
         while True:
-            page = await self.api(verb, {**(body or {}), "offset": len(found)})
+            page = await self.api(verb, {"offset": len(found)})
             entries = page.get(field) or []
             found += entries
             if not entries or len(found) >= int(page.get("total", 0)):
@@ -169,9 +169,10 @@ class Link:
             time=when(got["time"]),
         )
 
-    async def read(self, stream: str, *, start: int = 1, subject: str = ">", direct: bool = True) -> AsyncIterator[Raw]:
-        """Messages from `start` to the present end, in order, disturbing nobody. `direct` reads 256 at a time and
-        needs allow_direct and a server of 2.11; else one at a time."""
+    async def read(self, stream: str, *, start: int = 1, subject: str = ">") -> AsyncIterator[Raw]:
+        """Messages from `start` to the present end, in order, disturbing nobody: 256 at a time where the stream has
+        allow_direct and the server is of 2.11, else one at a time."""
+        direct = True
         while True:
             page = await self._page(stream, start, subject) if direct else None
             if page is None:
@@ -199,6 +200,14 @@ class Link:
 
         ask = json.dumps({"seq": start, "next_by_subj": subject, "batch": 256, "max_bytes": 4 << 20}).encode()
         return found if await self._ask(f"{self.api_root}DIRECT.GET.{stream}", ask, take) else None
+
+    async def flush(self, timeout: int = 5) -> None:
+        """Sends what is queued; returns when the server has taken it. Raises BrokerUnavailable."""
+        self.client.flush_frames()  # before the ping that is waited for
+        try:
+            await self.client.flush(timeout=timeout)
+        except (nats.errors.Error, OSError, TimeoutError):
+            raise self.unavailable() from None
 
     def unavailable(self) -> BrokerUnavailable:
         why = f": {self.closed_reason}" if self.closed_reason else ""
@@ -236,10 +245,9 @@ class Link:
                     await self.client.reopen(options)
             except (nats.errors.Error, OSError, TimeoutError) as error:
                 self.closed_reason = str(error) or self.closed_reason
-                continue
-            self.closed_reason = None
-            self.changed(True)
-            return
+            else:
+                self.changed(True)
+                return
 
     async def close(self) -> None:
         """Sends what is queued and closes."""
@@ -248,10 +256,8 @@ class Link:
             self._reopening.cancel()
             await asyncio.gather(self._reopening, return_exceptions=True)
         self.listeners.clear()
-        self.client.flush_frames()
-        if self.connected:  # if it breaks while it is being closed, what was unconfirmed is redelivered
-            with contextlib.suppress(nats.errors.Error, OSError, TimeoutError):
-                await self.client.flush(timeout=2)
+        with contextlib.suppress(BrokerUnavailable):  # what was unconfirmed is redelivered
+            await self.flush(2)
         await self.client.close()
 
 
@@ -266,7 +272,8 @@ async def open_link(broker: Broker, url: str, *, name: str, patience: float, roo
     failures: list[BaseException] = []
 
     async def failed(error: Exception) -> None:
-        failures[:] = [*(e for e in failures[:1] if _unauthorized(e)), error]  # that says more than the reset after it
+        telling = [e for e in failures[:1] if _unauthorized(e) or _insecure(e)]
+        failures[:] = [*telling, error]  # a reset that comes after it says less
         link.heard_error(str(error))
 
     options: Json = {
@@ -296,7 +303,7 @@ async def open_link(broker: Broker, url: str, *, name: str, patience: float, roo
         hint = "is nats-server running there, and is the address right?"
         if _unauthorized(cause):
             hint = f"check brokers.{broker.name}.auth: the server does not know this user, or not any more"
-        elif isinstance(cause, ssl.SSLError) or "tls" in str(cause).lower():
+        elif _insecure(cause):
             hint = f"check brokers.{broker.name}.tls"
         what = f"cannot connect to NATS at {link.url}: {str(cause) or type(cause).__name__}"
         raise BrokerUnavailable(what, hint=hint) from None
@@ -319,6 +326,10 @@ def safe_url(url: str) -> str:
 
 def _unauthorized(error: BaseException) -> bool:
     return isinstance(error, nats.errors.AuthorizationError) or "authorization" in str(error).lower()
+
+
+def _insecure(error: BaseException) -> bool:
+    return isinstance(error, ssl.SSLError) or "tls" in str(error).lower()
 
 
 def _credentials(auth: Auth, where: str, root: Path) -> Json:

@@ -58,8 +58,7 @@ class NatsConnection(Streams):
             receive(body, public_headers(header))
 
         self.link.client.listen(subject, on_message)
-        self.link.client.flush_frames()  # before the ping that flush() waits for
-        await self.link.client.flush(timeout=5)
+        await self.link.flush()
         return subject
 
     def takes(self, subject: str) -> bool:
