@@ -83,15 +83,6 @@ class Link:
     def connected(self) -> bool:
         return self.client.is_connected
 
-    @property
-    def info(self) -> Json:
-        """What the server said of itself when we connected."""
-        return self.client.server_info
-
-    @property
-    def max_payload(self) -> int:
-        return int(self.client.max_payload)
-
     def _on_reply(self, subject: bytes, _reply: bytes, header: bytes | None, body: bytes) -> None:
         receive = self._waiting.get(subject[self._cut :])
         if receive is not None:

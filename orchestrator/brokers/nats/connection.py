@@ -82,7 +82,7 @@ class NatsConnection(Streams):
 
     async def cluster_id(self) -> str:
         """The cluster's name; of a single server its name, which is its id unless the configuration names it."""
-        info = self.link.info
+        info = self.link.client.server_info
         return str(info.get("cluster") or info.get("server_name") or info.get("server_id", ""))
 
     async def browse(
@@ -247,7 +247,7 @@ class NatsConnection(Streams):
         return int((await self.link.api(f"STREAM.INFO.{safe(channel.address)}"))["state"]["messages"])
 
     async def facts(self) -> list[Fact]:
-        info = self.link.info
+        info = self.link.client.server_info
         found = [Fact("nats-server", str(info.get("version", "?"))), Fact("cluster id", await self.cluster_id())]
         if not self.schedules:
             found.append(Fact("delayed publish", "no", "warning", "ctx.publish(delay=) needs nats-server 2.12"))

@@ -65,7 +65,7 @@ class NatsProducer:
         self._open: dict[bytes, _Publish] = {}  # by reply token
         self._count = 0
         self._bytes = 0
-        self._most = self._link.max_payload
+        self._most = self._client.max_payload
         self._healing: dict[str, asyncio.Task[None]] = {}
         self._room = asyncio.Event()  # unset while somebody waits for it, close() for all of it
         self._room.set()
@@ -242,7 +242,7 @@ class NatsProducer:
 
     def _link_changed(self, up: bool) -> None:
         if up:
-            self._most = self._link.max_payload
+            self._most = self._client.max_payload
             self._resend()
 
     async def _watch(self) -> None:

@@ -59,7 +59,7 @@ class Streams:
     @property
     def schedules(self) -> bool:
         """Whether the server can hold a message until its time (2.12)."""
-        numbers = _NUMBERS.findall(str(self.link.info.get("version", "")))[:2]
+        numbers = _NUMBERS.findall(str(self.link.client.server_info.get("version", "")))[:2]
         return [int(n) for n in numbers] >= [2, 12]
 
     def place(self, subscription: Subscription) -> tuple[str, str]:
