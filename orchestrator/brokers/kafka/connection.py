@@ -118,7 +118,6 @@ class KafkaConnection(Connection):
         polling = {
             "group.id": subscription.group,
             "group.instance.id": owner,
-            "client.id": f"{owner}#{uuid.uuid4().hex[:8]}",  # tells us from a successor in the same slot
             "partition.assignment.strategy": "cooperative-sticky",
             "session.timeout.ms": int(consuming.LEASE * 1000),
             "heartbeat.interval.ms": 500,  # also how soon a member hears that another has come

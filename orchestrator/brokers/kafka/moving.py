@@ -101,7 +101,7 @@ class Mover:
     def move(self, consumer: RawConsumer, is_mine: Callable[[KafkaDelivery, Done], bool]) -> KafkaError | None:
         """Moves what is queued and still ours; what fails for now stays queued. Returns why it did."""
         try:
-            self._clear_up(consumer, is_mine)
+            self._clear_up(is_mine)
         except KafkaException as error:
             self._after = time.monotonic() + 0.5
             return client.error_of(error)
@@ -134,14 +134,14 @@ class Mover:
             self._desk.done(move.done)
         return None
 
-    def _clear_up(self, consumer: RawConsumer, is_mine: Callable[[KafkaDelivery, Done], bool]) -> None:
+    def _clear_up(self, is_mine: Callable[[KafkaDelivery, Done], bool]) -> None:
         """A commit was never answered. A new producer of our name ends its transaction one way or the other, heal()
         lets nothing of it stay pending, and then the group's offsets say which way. Raises KafkaException when
         nobody answers now either."""
         self._doubtful = [move for move in self._doubtful if is_mine(move.delivery, move.done)]
         if not self._doubtful:
             return
-        self.heal(consumer)
+        self.heal()
         places = {(move.delivery.book.topic, move.delivery.book.number) for move in self._doubtful}
         said = {
             (tp.topic, tp.partition): Book(tp.topic, tp.partition, tp.offset, tp.metadata or "", owner="")
@@ -156,22 +156,33 @@ class Mover:
                 self._desk.done(move.done)
         self._doubtful = []
 
-    def heal(self, consumer: RawConsumer) -> None:
+    def heal(self) -> None:
         """A broker that is killed after it decided a transaction may forget its markers when it starts again (seen with
         Kafka 4.3): the offsets stay pending, and readers of committed records stop before it. The end of the next
-        transaction of the same producer in the same places ends that one too, as it was decided. So here is one that
-        says nothing: a position that nobody reads and, where something is open, a record that is passed over. Raises
-        KafkaException."""
+        transaction of the same producer in the same places ends that one too. So here are two that say nothing: records
+        that are passed over where something is open, and a position that nobody reads. An abort would undo the lost
+        one, so neither depends on the group, which may be rebalanced just now. Raises KafkaException."""
+        self._after = time.monotonic() + 0.5  # when this fails
         producer = self.ready()
-        unended = self._unended()
+        if unended := self._unended():
+            self._healing(producer, lambda: _say_nothing(producer, unended))
+        plain = {name: value for name, value in self._set.consumer.items() if name != "group.instance.id"}
+        outsider = RawConsumer(client.for_consumer(plain))
+        try:
+            nowhere = TopicPartition(self._set.nowhere, 0, 0)
+            self._healing(producer, lambda: self._add_offsets(producer, outsider, [nowhere]))
+        finally:
+            outsider.close()
+        self._after = 0.0
+
+    def _healing(self, producer: RawProducer, fill: Callable[[], object]) -> None:
+        """A transaction that is never aborted by itself; when it fails, the next producer decides."""
         try:
             producer.begin_transaction()
-            for place in unended:
-                producer.produce(place.topic, partition=place.partition, headers=[(client.NOTHING, b"")])
-            self._add_offsets(producer, consumer, [TopicPartition(self._set.nowhere, 0, 0)])
+            fill()
             self._insist(lambda: producer.commit_transaction(5))
-        except KafkaException as error:
-            self._undo((), client.error_of(error))
+        except KafkaException:
+            self._producer = None
             raise
 
     def _unended(self) -> list[TopicPartition]:
@@ -294,6 +305,11 @@ def postponed(retry: str, delivery: KafkaDelivery, history: History, delay: floa
         (client.STORED, f"{delivery.time:.3f}".encode()),
     ]
     return Move(delivery, [(retry, delivery.body, delivery.message.key(), headers)], done)
+
+
+def _say_nothing(producer: RawProducer, places: Sequence[TopicPartition]) -> None:
+    for place in places:
+        producer.produce(place.topic, partition=place.partition, headers=[(client.NOTHING, b"")])
 
 
 def entry(book: Book, **how: Any) -> TopicPartition:

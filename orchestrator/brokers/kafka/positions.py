@@ -185,18 +185,18 @@ class Positions:
         found, began = self._stable(consumer, partitions), time.monotonic()
         while found is None:
             self.cut_off = True
-            self.heal(consumer)
+            self.heal()
             if self._desk.stopping or time.monotonic() - began > _ABORTED:
                 client.log.warning("the positions of %s stay pending; taken up as they are", partitions)
                 return self._mover.committed(partitions)
             found = self._stable(consumer, partitions)
         return found
 
-    def heal(self, consumer: RawConsumer) -> None:
+    def heal(self) -> None:
         """See Mover.heal. When it fails, as in the middle of a rebalance, the next probe does it."""
         if self.cut_off and not self._mover.in_doubt:
             try:
-                self._mover.heal(consumer)
+                self._mover.heal()
                 self.cut_off = False
             except KafkaException as error:
                 client.log.warning("ending transactions: %s", error)

@@ -176,6 +176,9 @@ class Reader(threading.Thread):
             self._move()
 
     def _move(self) -> None:
+        self._positions.heal()
+        if self._positions.cut_off and not self._mover.in_doubt:
+            return  # should this move be aborted, a transaction that lost its end would be undone with it
         error = self._mover.move(self._consumer, self._is_mine)
         if error is not None and error.code() == KafkaError.FENCED_INSTANCE_ID:  # of the consumer, not of the producer
             self._positions.fence()
@@ -322,7 +325,7 @@ class Reader(threading.Thread):
             if self._desk.away:
                 self._positions.abandon_commit()
                 self._positions.cut_off = True
-            self._positions.heal(self._consumer)
+            self._positions.heal()
             self._desk.say(self._positions.trouble())
 
     def _sweep(self) -> None:
