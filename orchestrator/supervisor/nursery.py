@@ -110,13 +110,18 @@ class Nursery:
         self, key: str, topology: Topology, agent: str, slot: int, run_dir: Path, *, rehearsal: bool = False
     ) -> tuple[int, int, int]:
         """Asks for a worker, or for a process that only rehearses its start. Returns its id, and our ends of its
-        control socket and its log pipe (descriptors)."""
+        control socket and its log pipe (descriptors). Raises OSError when there are no more of these."""
         if key not in self._known:
             self._known[key] = asyncio.get_running_loop().create_future()
             self._ask({"op": "topology", "key": key, "dump": dump(topology).decode()})
         self._next_id += 1
         control, theirs = socket.socketpair()
-        log, their_log = os.pipe()
+        try:
+            log, their_log = os.pipe()
+        except OSError:
+            control.close()
+            theirs.close()
+            raise
         request = {"op": "spawn", "id": self._next_id, "key": key, "agent": agent, "slot": slot}
         self._ask({**request, "run_dir": str(run_dir), "rehearsal": rehearsal}, theirs.detach(), their_log)
         return self._next_id, control.detach(), log

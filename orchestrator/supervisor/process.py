@@ -105,12 +105,15 @@ class Replace:
 
 @dataclass(frozen=True, slots=True)
 class Exited:
-    """The process has ended: by `code`, or by `signal` (then code is None)."""
+    """The process has ended: by `code`, or by `signal` (then code is None). `why` when it never began."""
 
     code: int | None
     signal: int | None = None
+    why: str = ""
 
     def __str__(self) -> str:
+        if self.why:
+            return self.why
         if self.code is None:
             return "ended in an unknown way" if self.signal is None else f"killed by signal {self.signal}"
         return f"exited with code {self.code}"

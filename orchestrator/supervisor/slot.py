@@ -169,7 +169,12 @@ class Slot:
         post = self.post
         self.orphan, self._drained, self.pid = False, False, None
         self.trouble = None
-        self._id, control, log = self._nursery.spawn(post.key, post.topology, post.agent, post.number, post.run_dir)
+        try:
+            self._id, control, log = self._nursery.spawn(post.key, post.topology, post.agent, post.number, post.run_dir)
+        except OSError as error:  # no descriptor is left, say: this slot is tried again later, and the others go on
+            why = f"cannot be started: {error.strerror}"
+            asyncio.get_running_loop().call_soon(self.feed, process.Exited(None, why=why))
+            return
         number = self._id
         self._control = Lines(control, self._message, lambda: self._control_ended(number))
         self._output = Lines(log, lambda line: self._audience.log(post.agent, post.number, line), lambda: None)

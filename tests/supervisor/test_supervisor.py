@@ -4,16 +4,19 @@ themselves wrote down."""
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 from itertools import pairwise
+from typing import Any
 
 import psutil
 import pytest
 
 from orchestrator.errors import LockedError, SupervisorError
 from orchestrator.supervisor import process
-from orchestrator.topology.model import Restart
+from orchestrator.supervisor.nursery import Nursery
+from orchestrator.topology.model import Restart, Topology
 from tests.patience import PATIENCE
 from tests.supervisor.rig import Running, agent, alive, eventually
 
@@ -255,3 +258,21 @@ async def test_restart_scale_pause_and_resume(run):
     assert team.words("writing.0") == ["start", "ready"]
     with pytest.raises(SupervisorError, match="no agent 'nobody'"):
         await team.supervisor.scale("nobody", 1)
+
+
+async def test_a_worker_for_which_no_descriptor_is_left_is_tried_again_and_the_others_go_on(run, monkeypatch):
+    """As when somebody scales to thousands; the error had ended the supervisor, and every worker with it."""
+    spawn, refused = Nursery.spawn, []
+
+    def full(self: Nursery, key: str, topology: Topology, agent: str, slot: int, *rest: Any, **more: Any) -> Any:
+        if slot == 1 and len(refused) < 2:
+            refused.append(slot)
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return spawn(self, key, topology, agent, slot, *rest, **more)
+
+    monkeypatch.setattr(Nursery, "spawn", full)
+    team = await run(agent(replicas=2, restart=FAST))
+    await team.all_ready()
+    assert refused == [1, 1]
+    assert "cannot be started: Too many open files" in team.text.getvalue()
+    assert team.words("research.0") == team.words("research.1") == ["start", "ready"]
