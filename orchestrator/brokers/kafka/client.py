@@ -124,7 +124,7 @@ def for_producer(config: Mapping[str, Any], **more: Any) -> dict[str, Any]:
     ours = {
         "enable.idempotence": True,
         "acks": "all",
-        "linger.ms": 5,  # KafkaProducer gathers, and flushes while it waits
+        "linger.ms": 0.2,  # at 0 each message wakes the sending thread, which costs twice the whole rest
         "message.timeout.ms": 0,
         "message.max.bytes": 64 << 20,  # the broker decides what is too large
         "partitioner": "murmur2_random",

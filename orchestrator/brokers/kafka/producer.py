@@ -75,7 +75,8 @@ class KafkaProducer(Producer):
 
     def __init__(self, config: Mapping[str, Any], topology: Topology, broker: Broker) -> None:
         self._topology, self._broker = topology, broker
-        self._config = client.for_producer(config)
+        # Much, as what goes out together is gathered here; flush() sends it before.
+        self._config = client.for_producer({"linger.ms": 5, **config})
         self._loop = asyncio.get_running_loop()
         self.raw = RawProducer(self._config)
         self.pending: dict[_Pending, _Pending] = {}  # in order
