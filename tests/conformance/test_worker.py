@@ -52,7 +52,13 @@ async def at_rest(lab: Lab) -> bool:
     return bool(lag.waiting == lag.in_flight == lag.delayed == 0)
 
 
+async def begun(lab: Lab, crew: Crew) -> bool:
+    return bool(crew.runs()) or bool(await lab.letters())
+
+
 async def done(lab: Lab, crew: Crew, *, within: float | None = None) -> None:
+    """All that was sent is settled. Before the first of it was looked at a busy NATS may say that nothing waits."""
+    await eventually(lambda: begun(lab, crew), within=within, what=lambda: f"a beginning; ends {crew.ends}")
     await eventually(
         lambda: at_rest(lab), within=within, what=lambda: f"everything settled; ends {crew.ends}, {crew.said[-5:]}"
     )
