@@ -193,8 +193,8 @@ class Positions:
         return found
 
     def heal(self) -> None:
-        """See Mover.heal. When it fails, as in the middle of a rebalance, the next probe does it."""
-        if self.cut_off and not self._mover.in_doubt:
+        """See Mover.heal. When it fails, the next move or probe does it."""
+        if self.cut_off:
             try:
                 self._mover.heal()
                 self.cut_off = False

@@ -177,7 +177,7 @@ class Reader(threading.Thread):
 
     def _move(self) -> None:
         self._positions.heal()
-        if self._positions.cut_off and not self._mover.in_doubt:
+        if self._positions.cut_off:
             return  # should this move be aborted, a transaction that lost its end would be undone with it
         error = self._mover.move(self._consumer, self._is_mine)
         if error is not None and error.code() == KafkaError.FENCED_INSTANCE_ID:  # of the consumer, not of the producer
