@@ -107,6 +107,8 @@ def configuration(broker: Broker, name: str) -> dict[str, Any]:
         config["sasl.mechanism"] = broker.auth.mechanism.upper()
         config["sasl.username"] = broker.auth.username or ""
         config["sasl.password"] = broker.auth.password or ""
+    if "logger" in broker.client:
+        raise OrchestratorError(f"brokers.{broker.name}.client.logger takes no value from a file", hint="leave it out")
     if broker.tls is not None:
         files = {"ssl.ca": broker.tls.ca, "ssl.certificate": broker.tls.cert, "ssl.key": broker.tls.key}
         config |= {f"{key}.location": path for key, path in files.items() if path}

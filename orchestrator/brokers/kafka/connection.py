@@ -14,6 +14,7 @@ from typing import Any
 
 from confluent_kafka import Consumer as RawConsumer
 from confluent_kafka import KafkaError, KafkaException, Message, TopicPartition
+from confluent_kafka import Producer as RawProducer
 
 from orchestrator import clock
 from orchestrator.brokers.base import (
@@ -36,6 +37,7 @@ from orchestrator.brokers.kafka.ledger import backlog
 from orchestrator.brokers.kafka.producer import KafkaProducer
 from orchestrator.brokers.kafka.registry import Registry
 from orchestrator.brokers.kafka.resources import Resources
+from orchestrator.brokers.options import blamed
 from orchestrator.errors import BrokerError, ResourceMissing
 from orchestrator.topology.model import Broker, Channel, Subscription, Topology, matches
 
@@ -65,6 +67,8 @@ class KafkaConnection(Connection):
     ) -> KafkaConnection:
         config = client.configuration(broker, name)
         try:
+            with blamed(broker, KafkaException):
+                RawProducer(config)  # librdkafka looks at each option, also at those that only consumers use
             connection = cls(adapter, topology, broker, config)
             await asyncio.to_thread(connection._resources.admin.list_topics, timeout=patience)
         except KafkaException as error:

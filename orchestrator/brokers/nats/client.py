@@ -24,12 +24,14 @@ import nats.errors
 
 from orchestrator.brokers.nats.internals import FastClient
 from orchestrator.brokers.nats.resources import headers_of, status_of
+from orchestrator.brokers.options import blamed, check, taken_by
 from orchestrator.errors import BrokerError, BrokerUnavailable, OrchestratorError, ResourceMissing
 from orchestrator.topology.model import Auth, Broker
 
 T = TypeVar("T")
 Json = dict[str, Any]
 _NOT_FOUND = frozenset({10059, 10014, 10037})  # stream, consumer, message
+_FAILURES = (nats.errors.Error, OSError, TimeoutError, ValueError)  # of a connection that cannot be opened
 
 
 class ApiError(BrokerError):
@@ -257,6 +259,8 @@ class Link:
 
 async def open_link(broker: Broker, url: str, *, name: str, patience: float, root: Path) -> Link:
     """Connects and guards the connection; paths start at `root`. Raises BrokerUnavailable after `patience` seconds."""
+    if broker.client:
+        check(broker, taken_by(FastClient.connect) | {"domain": [str]})
     raw = dict(broker.client)
     client = FastClient()
     link = Link(client, safe_url(url), raw.pop("domain", None))
@@ -286,10 +290,14 @@ async def open_link(broker: Broker, url: str, *, name: str, patience: float, roo
         **raw,
     }
     try:
-        async with asyncio.timeout(patience):
-            await client.connect(**options)
-    except (nats.errors.Error, OSError, TimeoutError, ValueError) as error:
-        await client.close()
+        with blamed(broker, *_FAILURES):
+            async with asyncio.timeout(patience):
+                await client.connect(**options)
+    except Exception as error:
+        with contextlib.suppress(AssertionError):  # refused before there was anything to close
+            await client.close()
+        if not isinstance(error, _FAILURES):
+            raise
         cause = failures[0] if failures and (isinstance(error, TimeoutError) or _unauthorized(failures[0])) else error
         hint = "is nats-server running there, and is the address right?"
         if _unauthorized(cause):

@@ -377,7 +377,8 @@ class RedisAdapter:
                 wrong = refused or isinstance(error.__cause__, AuthenticationError)
                 if wrong or last:
                     link.close()
-                    hint = "check brokers.*.auth" if wrong else "is the server running, and is the url right?"
+                    named = f"check brokers.{broker.name}: its url, auth and client"
+                    hint = named if wrong else "is the server running, and is the url right?"
                     why = (error.__cause__ or error) if str(error) else f"no answer in {patience:g} s"
                     raise BrokerUnavailable(f"cannot reach {link.address}: {why}", hint=hint) from error
                 last = loop.time() > deadline  # if it was this host that stood still, one more try tells

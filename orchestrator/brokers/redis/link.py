@@ -23,6 +23,7 @@ from redis.asyncio.sentinel import Sentinel
 from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError, RedisError, ResponseError, TimeoutError
 
+from orchestrator.brokers.options import blamed, check, taken_by
 from orchestrator.errors import BrokerError, BrokerUnavailable, OrchestratorError
 from orchestrator.topology.model import Broker
 
@@ -174,13 +175,11 @@ class Link:
             tls = broker.tls
             files = {"ssl_ca_certs": tls.ca, "ssl_certfile": tls.cert, "ssl_keyfile": tls.key} if tls else {}
             self._options |= {key: value for key, value in files.items() if value}
+        if broker.client:
+            makers = [vars(each)["__init__"] for each in self._kind.__mro__[:-1] if "__init__" in vars(each)]
+            check(broker, {name: kind for name, kind in taken_by(*makers).items() if name not in ("host", "port")})
         self._options |= broker.client
-        try:
-            self._kind(**self._options)  # connects to nothing yet
-        except TypeError as error:
-            raise OrchestratorError(
-                f"brokers.{broker.name}.client: {error}", hint="name options of redis-py's asyncio Connection"
-            ) from None
+        self._broker = broker
         self._shared: dict[tuple[str, int], Wire] = {}
         self._connecting = asyncio.Lock()
         self._slots: list[tuple[int, int, tuple[str, int]]] = []
@@ -257,9 +256,10 @@ class Link:
             finally:
                 for client in finder.sentinels:
                     await client.aclose()
-        connection = self._kind(host=node[0], port=node[1], **self._options)
-        await cast(Any, connection).connect()
-        return Wire(connection)
+        with blamed(self._broker, *ERRORS):
+            connection = self._kind(host=node[0], port=node[1], **self._options)
+            await cast(Any, connection).connect()
+            return Wire(connection)
 
     async def _node(self, key: str) -> tuple[str, int]:
         if not self.cluster:
