@@ -215,6 +215,32 @@ async def test_a_failover_by_sentinel(watched: tuple[RedisServer, Sentinel], tmp
         assert await lab.connection.count(lab.channel("tasks")) == 0
 
 
+async def test_a_master_that_no_sentinel_names_is_told_in_words(tmp_path: Path) -> None:
+    master = RedisServer().start()
+    sentinel = Sentinel(master)
+    sentinel.start()
+
+    async def reason(service: str, port: int) -> str:
+        plan = Rig(RedisDriver(_at(f"redis+sentinel://127.0.0.1:{port}/{service}/0")), tmp_path).topology({})
+        with pytest.raises(BrokerUnavailable) as caught:
+            await adapter.connect(plan, plan.brokers["main"], name="test", patience=0.5)
+        assert caught.value.hint
+        return caught.value.message.partition("/0: ")[2]
+
+    try:
+        assert await reason("mian", sentinel.port) == "the sentinels know no master mian, only main"
+        assert await reason("main", free_port()) == "no sentinel answers that knows a master"
+        master.kill()
+
+        async def noticed() -> bool:
+            return await reason("main", sentinel.port) == "the sentinels say that the master main is down"
+
+        await eventually(noticed, what="a sentinel that says so")
+    finally:
+        for server in (sentinel, master):
+            server.close()
+
+
 @pytest.fixture
 async def cluster() -> AsyncIterator[list[RedisServer]]:
     """Two masters that share the slots."""

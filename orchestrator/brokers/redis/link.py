@@ -249,17 +249,33 @@ class Link:
 
     async def _open(self, node: tuple[str, int]) -> Wire:
         if self._sentinel:
-            quick = {key: value for key, value in self._options.items() if key.startswith("socket_") or key == "retry"}
-            finder = cast(Any, Sentinel)(self._hosts, sentinel_kwargs=quick)
-            try:
-                node = await finder.discover_master(self._service)
-            finally:
-                for client in finder.sentinels:
-                    await client.aclose()
+            node = await self._master()
         with blamed(self._broker, *ERRORS):
             connection = self._kind(host=node[0], port=node[1], **self._options)
             await cast(Any, connection).connect()
             return Wire(connection)
+
+    async def _master(self) -> tuple[str, int]:
+        """Where the first sentinel that knows a running master says it is."""
+        quick = {key: value for key, value in self._options.items() if key.startswith("socket_") or key == "retry"}
+        finder = cast(Any, Sentinel)(self._hosts, sentinel_kwargs=quick)
+        known: set[str] = set()
+        try:
+            for sentinel in finder.sentinels:
+                with contextlib.suppress(ConnectionError, TimeoutError):  # another may answer
+                    masters = await sentinel.sentinel_masters()
+                    state = masters.get(self._service)
+                    if state and finder.check_master_state(state, self._service):
+                        return state["ip"], state["port"]
+                    known |= masters.keys()
+        finally:
+            for client in finder.sentinels:
+                await client.aclose()
+        if not known:
+            raise ConnectionError("no sentinel answers that knows a master")
+        if self._service in known:
+            raise ConnectionError(f"the sentinels say that the master {self._service} is down")
+        raise ConnectionError(f"the sentinels know no master {self._service}, only {', '.join(sorted(known))}")
 
     async def _node(self, key: str) -> tuple[str, int]:
         if not self.cluster:
