@@ -6,6 +6,7 @@ import asyncio
 import json
 import time
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from confluent_kafka import Consumer, ConsumerGroupTopicPartitions, TopicPartition
@@ -16,6 +17,7 @@ from orchestrator.brokers.kafka.client import retry_topic
 from orchestrator.brokers.kafka.ledger import backlog
 from orchestrator.errors import BrokerUnavailable, PublishRejected
 from tests.conformance.rig import Lab, Reader, Rig, eventually, finished, outcome
+from tests.patience import PATIENCE
 
 FAILED = History(attempts=1, error="ValueError: no")
 
@@ -382,3 +384,17 @@ async def test_what_lies_ready_but_was_never_asked_for_goes_to_the_other_replica
 async def in_flight(lab: Lab) -> bool:
     lag = await lab.lag()
     return (lag.waiting, lag.in_flight) == (39, 1)
+
+
+async def test_cancelling_in_the_moment_when_it_joins_is_not_forgotten(rig: Rig) -> None:
+    """Whoever waits for the task would hang."""
+    async with rig.lab() as lab:
+        consumer: Any = (await lab.reader()).consumer
+        consumer._assigned.clear()
+        task = asyncio.create_task(consumer._has_joined(PATIENCE))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        consumer._assigned.set()
+        task.cancel()
+        await asyncio.wait([task])
+        assert task.cancelled()

@@ -11,14 +11,15 @@ from typing import Any
 import pytest
 
 from orchestrator.brokers.base import Ended, History, Left
+from orchestrator.brokers.redis import adapter, settling
 from orchestrator.brokers.redis import consumer as consuming
 from orchestrator.brokers.redis import reading_scripts as scripts
-from orchestrator.brokers.redis import settling
-from orchestrator.brokers.redis.link import Link
+from orchestrator.brokers.redis.link import Link, Wire
 from orchestrator.brokers.redis.pump import Op, Pump
 from orchestrator.errors import OrchestratorError
 from tests.conformance.driver_redis import RedisDriver
 from tests.conformance.rig import Lab, Rig, elapse, eventually, outcome
+from tests.patience import PATIENCE
 
 CLOCK = "local clock = redis.call('TIME')"
 
@@ -264,3 +265,36 @@ def test_an_option_that_the_library_does_not_know_is_named(tmp_path: Path) -> No
     Link(replace(broker, client={"health_check_interval": 5}), "test")
     with pytest.raises(OrchestratorError, match="max_conections"):
         Link(replace(broker, client={"max_conections": 5}), "test")
+
+
+async def test_cancelling_in_the_moment_of_the_answer_is_not_forgotten(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever waits for the task would hang."""
+    async with rig.lab() as lab:
+        topology, heard = lab.topology, Wire.data_received
+        task: asyncio.Task[Any] = asyncio.create_task(
+            adapter.connect(topology, topology.brokers["main"], name="cancelled")
+        )
+
+        def answered(wire: Wire, data: bytes) -> None:
+            heard(wire, data)
+            if wire._connection.client_name == "cancelled":
+                task.cancel()
+
+        monkeypatch.setattr(Wire, "data_received", answered)
+        await asyncio.wait([task])
+        assert task.cancelled()
+
+
+async def test_cancelling_in_the_moment_when_all_is_sent_is_not_forgotten(rig: Rig) -> None:
+    async with rig.lab() as lab:
+        pump: Pump = lab.connection.pump(lab.channel("tasks").address)  # type: ignore[attr-defined]
+        pump._idle.clear()
+        task = asyncio.create_task(pump.flush(PATIENCE))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        pump._idle.set()
+        task.cancel()
+        await asyncio.wait([task])
+        assert task.cancelled()

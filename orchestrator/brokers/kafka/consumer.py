@@ -167,7 +167,8 @@ class KafkaConsumer(Consumer):
         self._drained = True
         self._give_back_stock()
         try:
-            await asyncio.wait_for(self._ask(self._thread.drain), _DRAINING)
+            async with asyncio.timeout(_DRAINING):
+                await self._ask(self._thread.drain)
         except TimeoutError:
             pass  # the broker is away and the thread waits for it: nothing is fetched either
 
@@ -245,7 +246,8 @@ class KafkaConsumer(Consumer):
 
     async def _has_joined(self, patience: float) -> bool:
         try:
-            await asyncio.wait_for(self._assigned.wait(), patience)
+            async with asyncio.timeout(patience):
+                await self._assigned.wait()
         except TimeoutError:
             return False
         return True

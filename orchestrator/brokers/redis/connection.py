@@ -365,31 +365,38 @@ class RedisAdapter:
 
     async def connect(self, topology: Topology, broker: Broker, *, name: str, patience: float = 5.0) -> RedisConnection:
         link = Link(broker, name)
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + patience
-        last = False
-        while True:
-            try:
-                info = _info(await asyncio.wait_for(link.call("", "INFO", "server"), 1.0 if last else patience))
-                break
-            except (TimeoutError, BrokerError) as error:
-                refused = isinstance(error, BrokerError) and not isinstance(error, BrokerUnavailable)
-                wrong = refused or isinstance(error.__cause__, AuthenticationError)
-                if wrong or last:
-                    link.close()
-                    named = f"check brokers.{broker.name}: its url, auth and client"
-                    hint = named if wrong else "is the server running, and is the url right?"
-                    why = (error.__cause__ or error) if str(error) else f"no answer in {patience:g} s"
-                    raise BrokerUnavailable(f"cannot reach {link.address}: {why}", hint=hint) from error
-                last = loop.time() > deadline  # if it was this host that stood still, one more try tells
-                await asyncio.sleep(0.1)
-        version = tuple(int(part) for part in info.get("redis_version", "0").split(".")[:2])
-        if version < (6, 2):
+        try:
+            version = await _greeted(link, broker, patience)
+        except BaseException:
             link.close()
-            raise BrokerError(
-                f"{link.address} is Redis {info.get('redis_version')}", hint="6.2 is the oldest that works"
-            )
+            raise
         return RedisConnection(topology, broker, name, link, version)
+
+
+async def _greeted(link: Link, broker: Broker, patience: float) -> tuple[int, ...]:
+    """The server's version, once it answers. Raises BrokerUnavailable, or BrokerError when it is too old."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + patience
+    last = False
+    while True:
+        try:
+            async with asyncio.timeout(1.0 if last else patience):
+                info = _info(await link.call("", "INFO", "server"))
+            break
+        except (TimeoutError, BrokerError) as error:
+            refused = isinstance(error, BrokerError) and not isinstance(error, BrokerUnavailable)
+            wrong = refused or isinstance(error.__cause__, AuthenticationError)
+            if wrong or last:
+                named = f"check brokers.{broker.name}: its url, auth and client"
+                hint = named if wrong else "is the server running, and is the url right?"
+                why = (error.__cause__ or error) if str(error) else f"no answer in {patience:g} s"
+                raise BrokerUnavailable(f"cannot reach {link.address}: {why}", hint=hint) from error
+            last = loop.time() > deadline  # if it was this host that stood still, one more try tells
+            await asyncio.sleep(0.1)
+    version = tuple(int(part) for part in info.get("redis_version", "0").split(".")[:2])
+    if version < (6, 2):
+        raise BrokerError(f"{link.address} is Redis {info.get('redis_version')}", hint="6.2 is the oldest that works")
+    return version
 
 
 adapter = RedisAdapter()

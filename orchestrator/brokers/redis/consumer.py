@@ -339,5 +339,6 @@ class RedisConsumer(Holdings, Consumer):
         self.pump.listeners.discard(self._write_trouble)
         self._forget_reader()
         keys, sources = self.both_args
-        with contextlib.suppress(BrokerError, asyncio.TimeoutError):  # the lease ends what is left of us
-            await asyncio.wait_for(self.link.script(scripts.LEAVE, keys, *sources), 3.0)
+        with contextlib.suppress(BrokerError, TimeoutError):  # the lease ends what is left of us
+            async with asyncio.timeout(3.0):
+                await self.link.script(scripts.LEAVE, keys, *sources)

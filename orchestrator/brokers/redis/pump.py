@@ -126,8 +126,9 @@ class Pump:
 
     async def flush(self, patience: float) -> None:
         """Returns when all is sent, or after `patience` seconds."""
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._idle.wait(), patience)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(patience):
+                await self._idle.wait()
 
     async def close(self, patience: float) -> None:
         await self.flush(patience)
