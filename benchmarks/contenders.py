@@ -85,7 +85,7 @@ class Round:
         address = {"nats": "BENCH{}", "redis": "{{bench}}-{}", "kafka": "bench-tasks-{}"}[self.broker].format(self.run)
         text = _TOPOLOGY.format(run=self.run, url=self.url, address=address, work=self.work, in_flight=self.in_flight)
         (folder / "topology.yaml").write_text(text)
-        command = [sys.executable, "-m", "orchestrator.cli.main", "apply", "--yes"]
+        command = [sys.executable, "-m", "orchestrator.cli", "apply", "--yes"]
         subprocess.run([*command, "--no-workers"], cwd=folder, env=env, check=True, capture_output=True)
         target = f"bench{self.run}.task.assigned" if self.broker == "nats" else address
         asyncio.run(self.loops(env).fill(events, target))

@@ -70,7 +70,7 @@ def orchestrator(folder: Path, *args: str) -> float:
     """Runs one command; returns the CPU seconds that it took."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
-        [sys.executable, "-m", "orchestrator.cli.main", *args],
+        [sys.executable, "-m", "orchestrator.cli", *args],
         cwd=folder,
         env=environment(),
         capture_output=True,
@@ -100,7 +100,7 @@ def applied(url: str, folder: Path, replicas: int) -> Iterator[list[psutil.Proce
     (folder / "topology.yaml").write_text(text)
     orchestrator(folder, "apply", "--yes", "--no-workers")
     process = subprocess.Popen(
-        [sys.executable, "-m", "orchestrator.cli.main", "apply", "--yes"],
+        [sys.executable, "-m", "orchestrator.cli", "apply", "--yes"],
         cwd=folder,
         env=environment(),
         stdout=subprocess.DEVNULL,

@@ -1,7 +1,7 @@
 """One YAML file runs a team of event-driven agents.
 
-What a handler or a client program imports lives here, and nothing else: no I/O happens at import. Context and Client
-are looked up when they are first named, so that the command line starts without them.
+What a handler or a client program imports lives here, and nothing else: no I/O happens at import. All but the errors
+is looked up when it is first named, so that the command line starts at once.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.errors import OrchestratorError, Reject, RetryLater
-from orchestrator.event import AgentEvent, EventType
 
 if TYPE_CHECKING:
     from orchestrator.client import Client
+    from orchestrator.event import AgentEvent, EventType
     from orchestrator.worker.context import AgentContext, Context, SyncContext
 
 __all__ = [
@@ -30,8 +30,10 @@ __all__ = [
 
 _LATER = {
     "AgentContext": "orchestrator.worker.context",
+    "AgentEvent": "orchestrator.event",
     "Client": "orchestrator.client",
     "Context": "orchestrator.worker.context",
+    "EventType": "orchestrator.event",
     "SyncContext": "orchestrator.worker.context",
 }
 

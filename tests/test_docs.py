@@ -171,7 +171,7 @@ def test_handlers_in_the_docs_are_handlers(tmp_path: Path) -> None:
 
 
 def orchestrator(*args: str, cwd: Path) -> str:
-    command = [sys.executable, "-m", "orchestrator.cli.main", *args]
+    command = [sys.executable, "-m", "orchestrator.cli", *args]
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=2 * PATIENCE, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -18,7 +18,7 @@ EXAMPLES = sorted(p.parent for p in (ROOT / "examples").glob("*/topology.yaml"))
 
 def orchestrator(*args: str, cwd: Path, timeout: float = 2 * PATIENCE) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "orchestrator.cli.main", *args],
+        [sys.executable, "-m", "orchestrator.cli", *args],
         cwd=cwd,
         capture_output=True,
         text=True,

@@ -31,7 +31,7 @@ class Demo:
         if show:
             words = " ".join(f"'{a}'" if " " in a or '"' in a else a for a in args)
             print(f"\n\033[1m$ orchestrator {words}\033[0m" if sys.stdout.isatty() else f"\n$ orchestrator {words}")
-        command = [sys.executable, "-m", "orchestrator.cli.main", *args, *self.settings]
+        command = [sys.executable, "-m", "orchestrator.cli", *args, *self.settings]
         done = subprocess.run(command, cwd=self.folder, capture_output=True, text=True, check=False)
         if show:
             print((done.stdout + done.stderr).rstrip())

@@ -1,4 +1,5 @@
-"""The command `orchestrator`: puts the families of commands together and turns every error into words.
+"""The command `orchestrator`: puts the families of commands together and turns every error into words. Started by
+`__main__`.
 
 Exit codes: 0 done, 1 failed or refused, 2 usage, 3 changes are pending (--exit-code), 130 interrupted.
 """
@@ -55,7 +56,7 @@ app.add_typer(dlq.app, name="dlq")
 
 
 def main() -> None:
-    """The entry point; never prints a traceback unless --debug asks for it."""
+    """Never prints a traceback unless --debug asks for it."""
     for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
         if isinstance(stream, io.TextIOWrapper):  # what is no text there is told with its place, or shown as \\u….
             stream.reconfigure(errors=errors)
@@ -68,6 +69,8 @@ def main() -> None:
         # the reader of our output went away (`| head`): nothing is wrong, and nothing more can be said
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
     except Exception as error:
         if os.environ.get("ORCHESTRATOR_DEBUG"):
             traceback.print_exc()
@@ -88,7 +91,3 @@ def _explained(error: Exception) -> OrchestratorError:
         hint="this is a mistake in orchestrator: run it again with --debug first "
         "(orchestrator --debug …) and report what it prints",
     )
-
-
-if __name__ == "__main__":
-    main()

@@ -15,7 +15,7 @@ from typing import Any
 
 from tests.patience import PATIENCE
 
-COMMAND = [sys.executable, "-m", "orchestrator.cli.main"]
+COMMAND = [sys.executable, "-m", "orchestrator.cli"]
 
 
 @dataclass(frozen=True)

@@ -206,7 +206,7 @@ def test_a_broker_that_is_not_there_is_named_with_the_next_step(folder: Folder) 
 
 
 def test_two_applies_at_once_both_succeed(folder: Folder) -> None:
-    command = [sys.executable, "-m", "orchestrator.cli.main", "apply", "--yes", "--no-workers"]
+    command = [sys.executable, "-m", "orchestrator.cli", "apply", "--yes", "--no-workers"]
     both = [
         subprocess.Popen(command, cwd=folder.path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for _ in range(2)

@@ -87,6 +87,15 @@ def test_an_unexpected_exception_is_one_line_and_says_how_to_report(
     assert "--debug" in said
 
 
+def test_ctrl_c_while_it_still_imports_is_quiet(tmp_path: Path) -> None:
+    folder = Folder(tmp_path)
+    folder.write("typer.py", "import time\nprint('importing', flush=True)\ntime.sleep(600)\n")  # found first by `-m`
+    run = folder.start("--help")
+    run.wait_for("importing")
+    assert run.interrupt() == 130
+    assert run.said == "importing\n"
+
+
 def test_colour_is_for_terminals_only(folder: Folder) -> None:
     assert "\x1b[" not in folder.ok("plan").out
 
@@ -95,4 +104,4 @@ def test_help_does_without_what_is_slow_to_import(tmp_path: Path) -> None:
     done = Folder(tmp_path).run("--help", PYTHONPROFILEIMPORTTIME="1")
     imported = {line.rpartition("|")[2].strip() for line in done.err.splitlines() if line.startswith("import time:")}
     assert "orchestrator.cli.dlq" in imported
-    assert not {"yaml", "jinja2", "nats", "redis", "confluent_kafka", "jsonschema"} & imported
+    assert not {"yaml", "jinja2", "pydantic", "nats", "redis", "confluent_kafka", "jsonschema"} & imported

@@ -25,7 +25,7 @@ from tests.patience import PATIENCE
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-COMMAND = [sys.executable, "-m", "orchestrator.cli.main"]
+COMMAND = [sys.executable, "-m", "orchestrator.cli"]
 
 TOPOLOGY = """\
 apiVersion: orchestrator/v1

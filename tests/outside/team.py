@@ -59,7 +59,7 @@ class Team:
 
     def command(self, *args: str) -> str:
         done = subprocess.run(
-            [sys.executable, "-m", "orchestrator.cli.main", *args, "--set", f"url={self.url}"],
+            [sys.executable, "-m", "orchestrator.cli", *args, "--set", f"url={self.url}"],
             cwd=self.folder,
             capture_output=True,
             text=True,

@@ -59,7 +59,7 @@ async def test_an_idle_worker_imports_nothing_of_its_own(
     url = request.getfixturevalue(f"{kind}_server").url
     (tmp_path / "topology.yaml").write_text(_TOPOLOGY.format(name=f"warm{uuid.uuid4().hex[:8]}", url=url))
     (tmp_path / "agents.py").write_text(_AGENTS)
-    command = [sys.executable, "-m", "orchestrator.cli.main"]
+    command = [sys.executable, "-m", "orchestrator.cli"]
     applied = subprocess.Popen([*command, "apply", "--yes"], cwd=tmp_path, stdout=subprocess.DEVNULL)
     try:
         await eventually((tmp_path / "found").exists, within=40.0)
