@@ -70,6 +70,7 @@ def plan(
 
     loaded = _loaded(sources, files, sets, vars_files, strict=strict)
     made = asyncio.run(applying.plan(loaded.topology, _consent(prune, allow_loss)))
+    _check_names(made)
     if output is PlanOutput.TEXT:
         _show_warnings(loaded.warnings)
     else:
@@ -168,6 +169,7 @@ def destroy(
         if not planned.operations:
             console.say(f"nothing on the broker{'s' * (len(planned.brokers) > 1)} is labelled {topology.name}")
             return _consent(True, allow_loss)
+        _check_names(planned)
         _show(planned, output)
         losses = [o for o in planned.refused if o.needs]
         named = tuple(allow_loss or ())
@@ -240,6 +242,12 @@ def _consent(prune: bool, allow_loss: list[str] | None) -> Consent:
     return Consent(prune, frozenset(allow_loss or ()))
 
 
+def _check_names(plan: Plan) -> None:
+    """A loss that was allowed for a name of nothing was meant for something else."""
+    for name, hint in plan.unknown:
+        console.misused(f"--allow-loss={name} names nothing in this file or on its brokers", hint=hint)
+
+
 def _show(plan: Plan, output: Output) -> None:
     """Text goes to stderr when stdout is kept for JSON."""
     from orchestrator.reconcile import render
@@ -259,6 +267,7 @@ def _listener(*, yes: bool, output: Output, show: bool = True) -> Listener:
     from orchestrator.reconcile import render
 
     def confirm(plan: Plan) -> None:
+        _check_names(plan)
         if show:
             _show(plan, output)
         if not plan.empty and not plan.refused:

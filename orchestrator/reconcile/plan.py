@@ -113,6 +113,7 @@ class Plan:
     notes: tuple[str, ...] = ()  # what the brokers of this topology cannot promise
     prune: bool = False
     allow_loss: tuple[str, ...] = ()
+    unknown: tuple[tuple[str, str], ...] = ()  # names of allow_loss that fit nothing here, each with what was meant
     secrets: tuple[str, ...] = field(default=(), compare=False, repr=False)  # redacted in every output
 
     @property

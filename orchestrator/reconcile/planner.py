@@ -18,7 +18,9 @@ from dataclasses import dataclass, replace
 from orchestrator.brokers.base import Allowed, Desired, Observed, ResourceId, Setting, Verdict
 from orchestrator.reconcile import rivals
 from orchestrator.reconcile.plan import Action, Change, Operation, Plan, WorkerStep, holding, inside, refuse
+from orchestrator.topology.diagnostics import listing
 from orchestrator.topology.model import Agent, Mark, Topology, digest
+from orchestrator.topology.near import near
 
 #: Adapter.judge, bound to the broker of the observed resource.
 Judge = Callable[[str, str, Setting, Setting, Observed], Verdict]
@@ -77,9 +79,9 @@ def plan(
         revision=topology.revision(),
         operations=tuple(operations),
         workers=tuple(worker_steps(topology, running)) if running is not None else (),
-        warnings=tuple(_unknown_names(consent, [*present])),
         prune=consent.prune,
         allow_loss=tuple(sorted(consent.allow_loss)),
+        unknown=tuple(_unknown(consent, {*present, *wanted})),
         secrets=topology.secrets,
     )
 
@@ -97,9 +99,9 @@ def plan_destroy(topology: Topology, observed: Sequence[Observed], *, consent: C
         topology=topology.name,
         revision=topology.revision(),
         operations=tuple(operations),
-        warnings=tuple(_unknown_names(consent, [o.id for o in observed])),
         prune=True,
         allow_loss=tuple(sorted(consent.allow_loss)),
+        unknown=tuple(_unknown(consent, {o.id for o in observed})),
         secrets=topology.secrets,
     )
 
@@ -332,10 +334,11 @@ def _replaced_parent(resource: ResourceId, replaced: Sequence[ResourceId]) -> Re
     return next((channel for channel in replaced if inside(resource, channel)), None)
 
 
-def _unknown_names(consent: Consent, present: Collection[ResourceId]) -> Iterable[str]:
-    known = {r.name for r in present} | {f"{r.broker}:{r.name}" for r in present}
+def _unknown(consent: Consent, resources: Collection[ResourceId]) -> Iterable[tuple[str, str]]:
+    names = sorted({r.name for r in resources if r.kind != "internal"})
+    known = {*names, *(r.name for r in resources), *(f"{r.broker}:{r.name}" for r in resources)}
     for name in sorted(consent.allow_loss - known):
-        yield f"--allow-loss={name} names nothing that exists here"
+        yield name, near(name, names) or (f"there are {listing(names)}" if names else "leave it out")
 
 
 def _changed_settings(before: Agent, after: Agent) -> list[str]:

@@ -261,3 +261,12 @@ def test_a_port_that_something_else_has_taken_is_no_broker(folder: Folder) -> No
         said = folder.refused("plan")
     assert f"127.0.0.1:{port}" in said
     assert "→" in said
+
+
+@pytest.mark.parametrize("command", [["plan"], ["apply", "--yes", "--no-workers"], ["destroy", "--yes"]])
+def test_a_loss_allowed_for_a_name_of_nothing_changes_nothing(folder: Folder, command: list[str]) -> None:
+    folder.ok("apply", "--yes", "--no-workers")
+    said = folder.refused(*command, "--allow-loss=shop-parcel", code=2)
+    assert "--allow-loss=shop-parcel names nothing" in said
+    assert "did you mean `shop-parcels`?" in said
+    assert folder.run("plan", "--exit-code").code == 0

@@ -229,4 +229,6 @@ def test_destroy_takes_only_what_is_ours() -> None:
 
 
 def test_a_name_that_allows_nothing_is_said() -> None:
-    assert made([], [], "TYPO").warnings == ("--allow-loss=TYPO names nothing that exists here",)
+    assert made([], [], "TYPO").unknown == (("TYPO", "leave it out"),)
+    assert made([channel()], [], "TASK", "TASKS").unknown == (("TASK", "did you mean `TASKS`?"),)
+    assert made([], [there(channel())], "main:TASKS", "zzz").unknown == (("zzz", "there are TASKS"),)
