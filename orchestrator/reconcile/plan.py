@@ -18,6 +18,7 @@ from orchestrator.topology.model import Mark
 
 #: Version of the JSON form, of `-o json` and of plan files alike.
 PLAN_VERSION = 1
+_LARGEST = 2**26  # bytes of a plan file: far more than one takes
 
 
 class Action(StrEnum):
@@ -202,17 +203,21 @@ class Plan:
     @classmethod
     def read(cls, path: Path) -> Plan:
         """Reads a plan file. Raises PlanError when it is missing or no plan."""
+        again = "make it again: orchestrator plan --out FILE"
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
+            with path.open("rb") as file:
+                text = file.read(_LARGEST + 1)  # bounded: a device has no end
         except OSError as error:
             reason = f"cannot read the plan {path}: {error.strerror}"
             raise PlanError(reason, hint="make it: orchestrator plan --out FILE") from None
-        except ValueError as error:
-            raise PlanError(
-                f"{path} is not a plan file: {error}", hint="make it again: orchestrator plan --out FILE"
-            ) from None
+        if len(text) > _LARGEST:
+            raise PlanError(f"{path} is not a plan file: it is too large", hint=again)
+        try:
+            data = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise PlanError(f"{path} is not a plan file: {error}", hint=again) from None
         if not isinstance(data, dict):
-            raise PlanError(f"{path} is not a plan file", hint="make it again: orchestrator plan --out FILE")
+            raise PlanError(f"{path} is not a plan file", hint=again)
         return cls.from_json(data)
 
 

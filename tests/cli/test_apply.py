@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator.errors import PlanError
+from orchestrator.reconcile.plan import Plan
 from tests.cli.conftest import TOPOLOGY
 from tests.cli.rig import Folder
 from tests.patience import PATIENCE
@@ -103,8 +105,18 @@ def test_a_stale_plan_is_refused(folder: Folder) -> None:
     assert "orchestrator plan --out" in said
     folder.write("topology.yaml", SMALLER)
     assert "the topology has changed" in folder.refused("apply", "--plan", "plan.json", "--no-workers")
-    folder.write("nonsense.json", "[]")
-    assert "not a plan file" in folder.refused("apply", "--plan", "nonsense.json", "--no-workers")
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "", "{", "{}", '{"version": 1, "operations": 5}', "[" * 200_000, "\udcff", None]
+)
+def test_a_plan_file_that_is_none_is_refused(tmp_path: Path, text: str | None) -> None:
+    file = tmp_path / "plan.json"
+    if text is not None:
+        file.write_text(text, encoding="utf-8", errors="surrogateescape")
+    with pytest.raises(PlanError, match="plan file|this plan has version") as refused:
+        Plan.read(file if text is not None else Path("/dev/zero"))
+    assert "orchestrator plan --out FILE" in str(refused.value.hint)
 
 
 def test_what_is_not_ours_is_not_touched(folder: Folder) -> None:

@@ -181,6 +181,10 @@ async def test_tls_with_client_certificate(tmp_path: Path) -> None:
     assert "brokers.main.tls" in str(error)
 
 
+async def test_a_credentials_file_without_an_end_is_not_read_to_it() -> None:
+    assert "no user JWT" in str(await refused(topology("nats://127.0.0.1:1", auth=Auth("creds", file="/dev/zero"))))
+
+
 @pytest.mark.parametrize("mechanism", ["nkey", "creds"])
 async def test_what_to_install_is_said(mechanism: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "nkeys", None)

@@ -376,7 +376,8 @@ def _key_pair(nkeys: Any, seed: str, where: str) -> Any:
 def _read_creds(nkeys: Any, file: Path, where: str) -> tuple[bytes, Any]:
     """A user's JWT and signing key from a credentials file."""
     try:
-        text = file.read_text()
+        with file.open() as stream:
+            text = stream.read(2**20)  # bounded: a device has no end
     except (OSError, ValueError) as error:
         raise _Unusable(f"{where}: cannot read {file}: {error}", hint="paths start at the topology file") from None
     jwt = re.search(r"-BEGIN NATS USER JWT-+\s+(\S+)", text)
