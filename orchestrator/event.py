@@ -89,6 +89,19 @@ class AgentEvent(BaseModel):
         return event
 
 
+_IDS = frozenset(("event_id", "correlation_id"))
+
+
+def whole(body: bytes) -> AgentEvent | None:
+    """The event in `body` when that says everything itself, its type and both ids; None for anything else, of which
+    AgentEvent.from_bytes knows what to make. Asks for nothing but the body: headers may cost more than this."""
+    try:
+        event: AgentEvent = AgentEvent.__pydantic_validator__.validate_json(body)
+    except ValidationError:
+        return None
+    return event if event.__pydantic_fields_set__ >= _IDS else None
+
+
 def _decode_with_type(body: bytes, event_type: str | None, error: ValidationError) -> AgentEvent:
     """The slow path: the body lacks event_type (or is broken) and the transport may know the type."""
     problems = error.errors(include_url=False, include_context=False, include_input=False)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Any
 
 from pydantic import BaseModel
@@ -37,10 +38,23 @@ def _now_json() -> bytes:
     return b"%b.%06dZ" % (text, (now - second) * 1e6)
 
 
-class Origin:
-    """What everything published while one event is handled has in common, most of it as JSON already."""
+@lru_cache(16)
+def _source(agent: str) -> bytes:
+    return b',"source_agent":%b,"target_agent":' % to_json(agent)
 
-    __slots__ = ("agent", "causation", "correlation", "correlation_id", "event_id", "source", "traceparent")
+
+def _metadata_json(metadata: Mapping[str, Any]) -> bytes:
+    try:
+        return to_json(metadata)
+    except ValueError as error:
+        raise PayloadError(f"the metadata cannot be written as JSON: {error}") from error
+
+
+class Origin:
+    """What everything published while one event is handled has in common, most of it as JSON already. Raises
+    PayloadError for metadata that is not JSON."""
+
+    __slots__ = ("agent", "causation", "correlation", "correlation_id", "event_id", "metadata", "source", "traceparent")
 
     def __init__(self, agent: str, event: AgentEvent, traceparent: str, propagate: tuple[str, ...]) -> None:
         self.agent = agent
@@ -49,7 +63,8 @@ class Origin:
         self.traceparent = traceparent
         self.causation: dict[str, Any] = {name: event.metadata[name] for name in propagate if name in event.metadata}
         self.causation["causation_id"] = event.event_id
-        self.source = b',"source_agent":%b,"target_agent":' % to_json(agent)
+        self.metadata = _metadata_json(self.causation)
+        self.source = _source(agent)
         self.correlation = b',"correlation_id":%b,"timestamp":"' % to_json(event.correlation_id)
 
 
@@ -72,25 +87,22 @@ def build(
         route.check(content)
     if event_id is None:
         event_id = child_id(origin.event_id, origin.agent, index, event_type, target_agent, content)
-    try:
-        body = b"".join(
-            (
-                b'{"event_id":"',
-                event_id.encode(),
-                route.type_member,
-                origin.source,
-                b"null" if target_agent is None else to_json(target_agent),
-                origin.correlation,
-                _now_json(),
-                b'","payload":',
-                content,
-                b',"metadata":',
-                to_json({**origin.causation, **metadata} if metadata else origin.causation),
-                b"}",
-            )
+    body = b"".join(
+        (
+            b'{"event_id":"',
+            event_id.encode(),
+            route.type_member,
+            origin.source,
+            b"null" if target_agent is None else to_json(target_agent),
+            origin.correlation,
+            _now_json(),
+            b'","payload":',
+            content,
+            b',"metadata":',
+            _metadata_json({**origin.causation, **metadata}) if metadata else origin.metadata,
+            b"}",
         )
-    except ValueError as error:
-        raise PayloadError(f"the metadata cannot be written as JSON: {error}") from error
+    )
     if key is None:
         key = origin.correlation_id if route.by_correlation else route.key(from_json(body))
     headers = {"traceparent": origin.traceparent}

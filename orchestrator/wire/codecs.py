@@ -9,7 +9,7 @@ from typing import Protocol, cast
 
 from orchestrator.brokers.base import Delivery
 from orchestrator.errors import DecodeError, HandlerLoadError, PayloadError
-from orchestrator.event import AgentEvent, position_id
+from orchestrator.event import AgentEvent, position_id, whole
 from orchestrator.topology.model import Channel
 
 
@@ -91,6 +91,8 @@ def only_type(channel: Channel) -> str | None:
 
 def decode(delivery: Delivery, how: Codec, default_type: str | None = None) -> AgentEvent:
     """The event that was delivered. Raises DecodeError, whatever the codec raised."""
+    if how is AGENT_EVENT and (found := whole(delivery.body)) is not None:
+        return found
     try:
         event = how.decode(delivery.body, delivery.headers, delivery.event_type or default_type, delivery.position)
         if not isinstance(event, AgentEvent):

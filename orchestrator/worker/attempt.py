@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import sys
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any
 
@@ -32,18 +31,6 @@ if TYPE_CHECKING:
 _FOREVER = float("inf")
 # Outputs and bytes of one attempt that wait for the end of the turn. A handler that only publishes never lets it end.
 _MOST_HELD, _MOST_HELD_BYTES = 256, 1 << 20
-
-
-if sys.version_info >= (3, 12):
-
-    def _spawn(loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Runs the handler up to its first wait at once: one that never waits costs no turn of the loop."""
-        return asyncio.Task(coroutine, loop=loop, eager_start=True)
-
-else:
-
-    def _spawn(loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        return asyncio.Task(coroutine, loop=loop, name="handler")  # create_task would make up a name
 
 
 class Stage(IntEnum):
@@ -82,7 +69,6 @@ class Attempt:
     _waiting = 0  # publishes that wait for room
     _left = 0.0  # seconds of the handler's time that are left then
     _error: BaseException | None = None
-    _entered = False
     _awaiting = False  # the handler has returned and some output is not confirmed yet
     refused: Callable[[BaseException], None] | None = None  # hears it when what settles this is not accepted
 
@@ -115,12 +101,11 @@ class Attempt:
             self.settle(())
             return
         runtime.handling(self)
-        self.task = _spawn(runtime.loop, self._run(event))
+        runtime.runner.start(self._run)
 
-    async def _run(self, event: AgentEvent) -> None:
-        self._entered = True
-        if self.task is None:  # started eagerly: whoever asks whose code blocks the loop must find us
-            self.task = asyncio.current_task()
+    async def _run(self, task: asyncio.Task[None]) -> None:
+        self.task = task
+        event = self.require_event()
         if self.stop_reason is not None:
             self.stopped()
             return
@@ -159,7 +144,7 @@ class Attempt:
     def stop(self, reason: Stop) -> None:
         """Cancels the handler; code in a thread cannot be cancelled and is waited for."""
         self.stop_reason = reason
-        if self.task is not None and self._entered and not self.runtime.handler.threaded:
+        if self.task is not None and not self.runtime.handler.threaded:
             self.task.cancel()
 
     def stopped(self) -> None:
@@ -349,7 +334,7 @@ class Attempt:
 
     def settled(self, error: BaseException | None) -> None:
         if error is None:
-            if self._entered and self.refused is None:
+            if self.task is not None and self.refused is None:
                 self.runtime.counters.handled += 1
             self.end()
         elif isinstance(error, BrokerUnavailable):

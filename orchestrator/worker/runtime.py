@@ -23,6 +23,7 @@ from orchestrator.worker.handlers import Loaded
 from orchestrator.worker.journal import Journal, Record, State
 from orchestrator.worker.port import Port
 from orchestrator.worker.requests import Requests
+from orchestrator.worker.runner import Runner
 from orchestrator.worker.slots import Slots
 
 #: Seconds that a cancelled handler gets to stop before its worker is replaced.
@@ -90,6 +91,7 @@ class Runtime:
         self.only_type = _only_type(agent)
         self.ports: list[Port] = []
         self.slots = Slots(self)
+        self.runner = Runner(self.loop)
         self.is_paused = False
         self._draining = False
         self._dirty: list[Attempt] = []

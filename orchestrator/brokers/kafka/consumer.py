@@ -122,14 +122,14 @@ class KafkaConsumer(Consumer):
     def finish(self, delivery: KafkaDelivery, done: Done) -> None:
         """The thread's next commit says so. The worker need not wait for it, unless the last one says that this event
         was started: should a neighbour end the process before the next, it would be blamed."""
+        book, offset = delivery.book, delivery.offset
         if not delivery.is_open:
-            done(gone(delivery.book))
-            return
-        marked = delivery.book.is_marked(delivery.offset)
-        delivery.book.finish(delivery.offset)
-        if marked:
-            self._call(self._thread.confirm, delivery.book, done)
+            done(gone(book))
+        elif book.is_marked(offset):
+            book.finish(offset)
+            self._call(self._thread.confirm, book, done)
         else:
+            book.finish(offset)
             done(None)
 
     def retry(self, delivery: Delivery, history: History, delay: float, done: Done) -> None:

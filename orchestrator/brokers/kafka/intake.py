@@ -65,8 +65,8 @@ class KafkaDelivery(Delivery):
     @property
     def headers(self) -> Mapping[str, str]:  # type: ignore[override]
         if self._headers is None:
-            found = client.readable(self.message)
-            self._headers = {k: v for k, v in found.items() if k not in client.MECHANICS}
+            text, ours = client.text, client.MECHANICS
+            self._headers = {k: text(v) for k, v in client.pairs(self.message) if k not in ours}
         return self._headers
 
     @property
