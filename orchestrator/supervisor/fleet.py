@@ -8,13 +8,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Coroutine, Mapping
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import SupervisorError
-from orchestrator.supervisor import locks, process
+from orchestrator.supervisor import locks, process, room
 from orchestrator.supervisor.logs import LogSink
 from orchestrator.supervisor.nursery import Nursery
 from orchestrator.supervisor.process import State
@@ -60,6 +60,7 @@ class Fleet:
     async def start(self, target: Target) -> None:
         """Starts everything; returns when the workers are on their way. Raises OrchestratorError when the warm
         parent cannot use the topology."""
+        room.check(_starts([], target.wanted()))
         self._left = dict.fromkeys(locks.left_behind(self._run_dir), 0)
         await self._nursery.start()
         await self._nursery.prepare(target.key, target.topology)
@@ -71,14 +72,15 @@ class Fleet:
     ) -> None:
         """Replaces what `change` makes of the target; returns when that is ready and the old has ended. One at a time:
         `change` is asked when those before it have ended. Raises SupervisorError, and leaves the old running, when the
-        new does not start within `deadline` seconds."""
+        new does not start within `deadline` seconds, or there is no room for it."""
         async with self._lock:
             assert self.target is not None, "update() comes after start()"
             previous = self.target
             target = change(previous)
-            await self._nursery.prepare(target.key, target.topology)
             old = previous.wanted()
             new = target.wanted()
+            room.check(_starts(self._running(), new))
+            await self._nursery.prepare(target.key, target.topology)
             gate = frozenset(name for name, want in new.items() if old.get(name) != want)
             touched = gate | (old.keys() - new.keys())
             self._progress = progress
@@ -371,3 +373,8 @@ class Fleet:
         if not task.cancelled() and (error := task.exception()) is not None:
             self._failure = error
             self._failed.set()
+
+
+def _starts(running: Sequence[Running], wanted: Mapping[str, Wanted]) -> int:
+    """How many workers are started at once."""
+    return sum(step.kind == "start" for step in steps(running, wanted))

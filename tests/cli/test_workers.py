@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from orchestrator.reconcile.plan import Plan
 from orchestrator.reconcile.planner import Consent
 from orchestrator.topology import load
 from tests.cli.conftest import AGENTS, TOPOLOGY
-from tests.cli.rig import Folder, Foreground, wait
+from tests.cli.rig import COMMAND, Folder, Foreground, wait
 
 Start = Callable[..., Foreground]
 
@@ -32,6 +33,29 @@ def test_without_a_supervisor_every_command_says_how_to_start_one(folder: Folder
         done = folder.run(*command, "-o", "json")
         assert (done.code, done.out) == (1, ""), command
         assert "orchestrator apply starts one" in done.err
+
+
+def test_more_workers_than_there_is_room_for_are_refused_and_what_runs_goes_on(folder: Folder) -> None:
+    limited = ["sh", "-c", 'ulimit -n 200; exec "$@"', "sh", *COMMAND, "apply", "--yes", "-d"]
+    subprocess.run(limited, cwd=folder.path, check=True, capture_output=True)
+    before = agent(folder)["pids"]
+    said = folder.refused("scale", "pack", "10000")
+    assert "no room for 9999 more workers: the limit of 200 open files allows" in said
+    assert "fewer replicas" in said
+    folder.write("topology.yaml", TOPOLOGY.replace("  pack:\n", "  pack:\n    replicas: 100\n"))
+    assert "the limit of 200 open files" in folder.refused("apply", "--yes")
+    assert (agent(folder)["pids"], agent(folder)["state"]) == (before, "running")
+    folder.ok("scale", "pack", "2")
+    assert agent(folder)["ready"] == 2
+
+
+def test_a_team_for_which_there_is_no_room_is_refused_at_the_start(folder: Folder) -> None:
+    folder.write("topology.yaml", TOPOLOGY.replace("  pack:\n", "  pack:\n    replicas: 100\n"))
+    limited = ["sh", "-c", 'ulimit -n 200; exec "$@"', "sh", *COMMAND, "apply", "--yes", "-d"]
+    done = subprocess.run(limited, cwd=folder.path, check=False, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "no room for 100 more workers: the limit of 200 open files" in done.stderr
+    assert folder.state() == "none"
 
 
 def test_a_detached_supervisor_from_start_to_stop(folder: Folder) -> None:

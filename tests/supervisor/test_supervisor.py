@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from orchestrator.errors import LockedError, SupervisorError
-from orchestrator.supervisor import process
+from orchestrator.supervisor import process, room
 from orchestrator.supervisor.nursery import Nursery
 from orchestrator.topology.model import Restart, Topology
 from tests.patience import PATIENCE
@@ -276,3 +276,19 @@ async def test_a_worker_for_which_no_descriptor_is_left_is_tried_again_and_the_o
     assert refused == [1, 1]
     assert "cannot be started: Too many open files" in team.text.getvalue()
     assert team.words("research.0") == team.words("research.1") == ["start", "ready"]
+
+
+async def test_more_workers_than_there_is_memory_for_are_refused(run, monkeypatch):
+    team = await run(agent(), agent("writing"))
+    await team.all_ready()
+    monkeypatch.setattr(room, "_available", lambda: 100 << 20)
+    with pytest.raises(SupervisorError, match="no room for 999 more workers: 100 MiB of memory"):
+        await team.supervisor.scale("research", 1000)
+    assert team.supervisor.status()["state"] == "running"
+    assert team.words("research.0") == team.words("writing.0") == ["start", "ready"]
+    await team.supervisor.scale("research", 2)
+
+
+def test_the_memory_that_is_free_is_read():
+    free = room._available()
+    assert free is None or 0 < free <= psutil.virtual_memory().total
