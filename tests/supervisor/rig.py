@@ -16,6 +16,24 @@ from tests.patience import PATIENCE
 
 ENTRY = "fake_worker:run"
 
+#: A topology for the real worker; the folder needs agents.py with `research`.
+YAML = """
+apiVersion: orchestrator/v1
+kind: Topology
+metadata: {{name: {name}}}
+brokers: {{main: {{url: "{url}", prefix: "{name}."}}}}
+channels:
+  tasks: {{events: [task.*], mode: queue}}
+  dead-letters: {{mode: log}}
+defaults: {{agents: {{dead_letter: dead-letters}}}}
+agents:
+  research:
+    handler: agents:research
+    subscribe: [task.assigned]
+    replicas: {replicas}
+    config: {{note: "{note}"}}
+"""
+
 
 def agent(name: str = "research", *, replicas: int = 1, **rest: Any) -> Agent:
     """An agent that reads the one channel; `rest` are fields of Agent."""

@@ -26,24 +26,7 @@ from orchestrator.topology import load
 from orchestrator.topology.model import Topology
 from tests.patience import PATIENCE
 from tests.servers.nats import NatsServer
-from tests.supervisor.rig import alive, eventually
-
-YAML = """
-apiVersion: orchestrator/v1
-kind: Topology
-metadata: {{name: {name}}}
-brokers: {{main: {{url: "{url}", prefix: "{name}."}}}}
-channels:
-  tasks: {{events: [task.*], mode: queue}}
-  dead-letters: {{mode: log}}
-defaults: {{agents: {{dead_letter: dead-letters}}}}
-agents:
-  research:
-    handler: agents:research
-    subscribe: [task.assigned]
-    replicas: 2
-    config: {{note: "{note}"}}
-"""
+from tests.supervisor.rig import YAML, alive, eventually
 
 CODE = """
 import asyncio, os
@@ -63,7 +46,7 @@ class Team:
 
     def load(self, note: str = "old") -> Topology:
         path = self.folder / "topology.yaml"
-        path.write_text(YAML.format(url=self.url, name=self.name, note=note))
+        path.write_text(YAML.format(url=self.url, name=self.name, note=note, replicas=2))
         return load([path]).topology
 
     async def apply(self, topology: Topology) -> None:

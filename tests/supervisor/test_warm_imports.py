@@ -11,19 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.supervisor.rig import eventually
-
-_TOPOLOGY = """
-apiVersion: orchestrator/v1
-kind: Topology
-metadata: {{name: {name}}}
-brokers: {{main: {{url: "{url}", prefix: "{name}."}}}}
-channels:
-  tasks: {{events: [task.*], mode: queue}}
-  dead-letters: {{mode: log}}
-agents:
-  idle: {{handler: "agents:handle", subscribe: [task.assigned], dead_letter: dead-letters}}
-"""
+from tests.patience import PATIENCE
+from tests.supervisor.rig import YAML, eventually
 
 _AGENTS = """
 import asyncio, json, sys
@@ -33,7 +22,7 @@ from pathlib import Path
 at_fork = set(sys.modules)
 
 async def note():
-    journal = Path(__file__).parent / ".orchestrator/run/idle.0.journal"
+    journal = Path(__file__).parent / ".orchestrator/run/research.0.journal"
     while not journal.exists():
         await asyncio.sleep(0.05)
     await asyncio.sleep(1.5)  # a round of reports and beats
@@ -47,7 +36,7 @@ async def lifespan(ctx):
     yield
     task.cancel()
 
-async def handle(event, ctx): ...
+async def research(event, ctx): ...
 """
 
 
@@ -57,14 +46,15 @@ async def test_an_idle_worker_imports_nothing_of_its_own(
 ) -> None:
     """What is imported after the fork, each worker has to itself."""
     url = request.getfixturevalue(f"{kind}_server").url
-    (tmp_path / "topology.yaml").write_text(_TOPOLOGY.format(name=f"warm{uuid.uuid4().hex[:8]}", url=url))
+    name = f"warm{uuid.uuid4().hex[:8]}"
+    (tmp_path / "topology.yaml").write_text(YAML.format(name=name, url=url, note="", replicas=1))
     (tmp_path / "agents.py").write_text(_AGENTS)
     command = [sys.executable, "-m", "orchestrator.cli"]
     applied = subprocess.Popen([*command, "apply", "--yes"], cwd=tmp_path, stdout=subprocess.DEVNULL)
     try:
-        await eventually((tmp_path / "found").exists, within=40.0)
+        await eventually((tmp_path / "found").exists)
         assert json.loads((tmp_path / "found").read_text()) == []
     finally:
         applied.send_signal(signal.SIGTERM)
-        applied.wait(30)
-        subprocess.run([*command, "destroy", "--yes"], cwd=tmp_path, capture_output=True, check=True, timeout=30)
+        applied.wait(PATIENCE)
+        subprocess.run([*command, "destroy", "--yes"], cwd=tmp_path, capture_output=True, check=True, timeout=PATIENCE)
