@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,6 +18,8 @@ import typer
 from orchestrator.errors import OrchestratorError
 
 _CONTROL = re.compile(r"(\x1b\[[0-9;]*m)|[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # but colours
+_CELL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+_LEAST = 20  # columns of the terminal that a table's last column has
 _hidden: list[str] = []  # secrets, the longest first
 
 
@@ -30,7 +34,11 @@ def _clean(text: str) -> str:
     """Without secrets, and without what an event or a file could do to the terminal; our colours stay."""
     for secret in _hidden:
         text = text.replace(secret, "***")
-    return _CONTROL.sub(lambda found: found[1] or f"\\u{ord(found[0]):04x}", text)
+    return _CONTROL.sub(lambda found: found[1] or _escaped(found), text)
+
+
+def _escaped(found: re.Match[str]) -> str:
+    return f"\\u{ord(found[0]):04x}"
 
 
 def colored(stream: IO[str]) -> bool:
@@ -109,10 +117,24 @@ def paint_out(text: str, code: str) -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns, left-aligned, as wide as needed."""
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [header, *rows]]
-    return "\n".join(line.rstrip() for line in lines)
+    """Columns, left-aligned, as wide as needed: one line for each row. On a terminal that is too narrow the last column
+    goes on below itself; the others, which hold what is copied, are never cut."""
+    # a few hundredths of a second, which a command without a table does without
+    from rich.cells import cell_len
+    from rich.console import Console
+    from rich.table import Column, Table
+    from rich.text import Text
+
+    lines = [[_CELL.sub(_escaped, _clean(cell)) for cell in row] for row in (header, *rows)]
+    wide = [max(cell_len(row[i]) for row in lines) + 2 for i in range(len(header))]
+    room = shutil.get_terminal_size().columns if sys.stdout.isatty() else sum(wide)
+    grid = Table.grid(*(Column(no_wrap=i < len(header) - 1) for i in range(len(header))), padding=(0, 2, 0, 0))
+    for row in lines:
+        grid.add_row(*map(Text, row))
+    text = io.StringIO()
+    width = max(room, sum(wide[:-1]) + min(wide[-1], _LEAST))
+    Console(file=text, width=width, color_system=None, force_terminal=False).print(grid)
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
 
 def confirm(question: str, *, yes: bool, flag: str = "--yes") -> None:

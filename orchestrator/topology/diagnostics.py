@@ -151,9 +151,19 @@ def _excerpt(mark: Mark, line: str, caret: str) -> list[str]:
         start = max(0, column - _WIDEST // 2)
     shown = _safe(line[start : start + _WIDEST])
     # Tabs are kept above the caret, so that it stands below its character at any tab width.
-    lead = "".join("\t" if c == "\t" else " " for c in line[start:column])
+    lead = "\t".join(" " * _width(_safe(part)) for part in line[start:column].split("\t"))
     number = str(mark.line)
     return [f"  {number} | {shown}", f"  {' ' * len(number)} | {lead}{caret}"]
+
+
+def _width(text: str) -> int:
+    """How many columns of a terminal `text` takes: Chinese characters and emoji take two."""
+    if text.isascii():
+        return len(text)
+    # loaded for such a line alone: every worker has this module
+    from rich.cells import cell_len
+
+    return cell_len(text)
 
 
 def _safe(text: str) -> str:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import pty
 import signal
+import struct
 import subprocess
+import sys
+import termios
 from collections.abc import Callable
 
 import pytest
 
+from orchestrator.cli import console
 from tests.cli.rig import COMMAND, Folder, wait
 from tests.patience import PATIENCE
 
@@ -66,3 +71,56 @@ def test_destroy_with_events_wants_the_topology_typed(folder: Folder, answer: An
     code, _ = answer(folder, ["destroy"], "Type the topology's name (shop)", "shop")
     assert code == 0
     assert {o["action"] for o in folder.ok("plan", "-o", "json").json["operations"]} == {"create"}
+
+
+TABLE = """
+from orchestrator.cli import console
+print(console.table(["ID", "ERROR"], [["0123456789" * 3, "one two three four five six seven eight nine ten"]]))
+"""
+
+
+def on_terminal(columns: int, program: str) -> list[str]:
+    """The lines that `program` prints on a terminal of that width."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    env = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
+    try:
+        subprocess.run([sys.executable, "-c", program], stdout=theirs, env=env, check=True, timeout=PATIENCE)
+        return os.read(ours, 10_000).decode().split("\r\n")[:-1]
+    finally:
+        os.close(ours)
+        os.close(theirs)
+
+
+def test_a_tables_columns_stand_below_one_another_in_every_script() -> None:
+    rows = [["研究", "日本語 😀", "1"], ["a", "[bold]b[/bold] :smile:", "2"]]
+    lines = console.table(["AGENT", "ERROR", "COUNT"], rows).splitlines()
+    assert lines == [
+        "AGENT  ERROR                   COUNT",
+        "研究   日本語 😀               1",
+        "a      [bold]b[/bold] :smile:  2",
+    ]
+
+
+def test_what_a_table_holds_cannot_leave_its_cell() -> None:
+    assert console.table(["A", "B"], [["x\ny", "\x1b[31mred\tz"]]).splitlines() == [
+        "A         B",
+        "x\\u000ay  \\u001b[31mred\\u0009z",
+    ]
+
+
+def test_a_narrow_terminal_folds_a_tables_last_column_and_cuts_nothing() -> None:
+    wide = ["ID" + " " * 30 + "ERROR", "0123456789" * 3 + "  one two three four five six seven eight nine ten"]
+    assert on_terminal(100, TABLE) == wide
+    for columns in (60, 20):
+        lines = on_terminal(columns, TABLE)
+        assert lines[1].startswith("0123456789" * 3 + "  one two")
+        assert all(line.startswith(" " * 32) for line in lines[2:])
+        assert " ".join(line[32:] for line in lines[1:]) == "one two three four five six seven eight nine ten"
+        assert all(len(line) <= max(columns, 54) for line in lines)
+
+
+def test_what_is_piped_has_one_line_for_each_row() -> None:
+    program = [sys.executable, "-c", TABLE]
+    done = subprocess.run(program, env={**os.environ, "COLUMNS": "40"}, capture_output=True, text=True, check=True)
+    assert len(done.stdout.splitlines()) == 2

@@ -116,6 +116,13 @@ def test_the_caret_stands_below_its_character() -> None:
     assert place.startswith("<stdin>:5:39: error: ")
 
 
+def test_the_caret_stands_below_its_character_behind_wide_ones() -> None:
+    found = only("channels: {c: {events: [研究😀], mode: quue}}")
+    _, source, caret, *_ = render([found]).splitlines()
+    wide = 2 * len("研究😀")
+    assert caret.index("^") == source.index("quue") - len("研究😀") + wide
+
+
 def test_colour_only_when_asked_for() -> None:
     found = errors("x: 1")
     assert "\x1b[" not in render(found)
