@@ -38,7 +38,7 @@ def init(
         raise typer.BadParameter("FOLDER is empty; for the folder that you are in, write .")
     folder = Path(name)
     slug = re.sub(r"[^a-z0-9]+", "-", folder.resolve().name.lower()).strip("-") or "topology"
-    slug = slug if slug[0].isalpha() else f"t-{slug}"
+    slug = (slug if slug[0].isalpha() else f"t-{slug}")[:63].rstrip("-")
     starter = resources.files("orchestrator.cli") / "starter"
     files = {
         "topology.yaml": (starter / "topology.yaml")
@@ -47,13 +47,13 @@ def init(
         "agents.py": (starter / "agents.py").read_text(encoding="utf-8"),
         ".gitignore": ".orchestrator/\n__pycache__/\n",
     }
-    taken = [file for file in files if (folder / file).exists()]
-    if taken:
-        raise OrchestratorError(
-            f"{folder / taken[0]} exists already; nothing was written",
-            hint="choose another folder: orchestrator init NAME",
-        )
     try:
+        taken = [file for file in files if (folder / file).exists()]
+        if taken:
+            raise OrchestratorError(
+                f"{folder / taken[0]} exists already; nothing was written",
+                hint="choose another folder: orchestrator init NAME",
+            )
         folder.mkdir(parents=True, exist_ok=True)
         for file, text in files.items():
             (folder / file).write_text(text, encoding="utf-8")
@@ -65,7 +65,7 @@ def init(
     console.data(
         f"""{folder}/ is ready: topology.yaml says what runs, agents.py what it does.
 
-  cd {shlex.quote(str(folder))}
+  cd {"-- " * name.startswith("-")}{shlex.quote(str(folder))}
   orchestrator dev                                       # starts it all and follows your edits
 
 and in a second terminal, in the same folder:

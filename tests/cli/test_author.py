@@ -27,6 +27,13 @@ def test_init_without_a_name_is_a_usage_error_and_json_names_what_it_wrote(tmp_p
     assert all((tmp_path / "My Team" / name).exists() for name in made["files"])
 
 
+def test_a_folder_of_any_name_makes_a_topology_that_validates(tmp_path: Path) -> None:
+    assert "cd -- -x" in Folder(tmp_path).ok("init", "--", "-x").out
+    Folder(tmp_path).ok("init", "9" * 200)
+    assert f"t-{'9' * 61}: valid" in Folder(tmp_path / ("9" * 200)).ok("validate").out
+    assert "choose another folder" in Folder(tmp_path).refused("init", "x" * 300)
+
+
 def test_init_writes_over_nothing(tmp_path: Path) -> None:
     (tmp_path / "shop").mkdir()
     (tmp_path / "shop" / "agents.py").write_text("mine")
