@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shlex
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -18,7 +19,9 @@ if TYPE_CHECKING:
 # The modules of `operate` import pydantic, the wire and the broker's client: they are imported where a command runs,
 # so that `--help` and usage errors answer at once.
 
-EventTypeArgument = Annotated[str, typer.Argument(metavar="TYPE", help="The event type, such as task.created.")]
+EventTypeArgument = Annotated[
+    str, typer.Argument(metavar="TYPE", callback=given, help="The event type, such as task.created.")
+]
 PayloadArgument = Annotated[str, typer.Argument(metavar="PAYLOAD", help="A JSON object, @FILE, or - for stdin.")]
 
 EventId = Annotated[
@@ -81,7 +84,7 @@ def publish(
             console.say(f"unless an event of this id was published {window}: then this one has no effect")
         if doubt := operate.foretell(topology, event_type, target):
             console.say(doubt)
-        console.say(f"what becomes of it: orchestrator trace {event.correlation_id}")
+        console.say(f"what becomes of it: orchestrator trace {shlex.quote(event.correlation_id)}")
 
 
 def request(
@@ -124,7 +127,7 @@ def request(
     if reply.payload.keys() == {"error"} and isinstance(failure, dict) and "type" in failure:
         raise OrchestratorError(
             f"the request failed: {failure['type']}: {failure.get('message', '')}",
-            hint=f"orchestrator trace {reply.correlation_id} shows what became of it",
+            hint=f"orchestrator trace {shlex.quote(reply.correlation_id)} shows what became of it",
         )
 
 
@@ -172,7 +175,7 @@ def tail(
 
 
 def trace(
-    correlation_id: Annotated[str, typer.Argument(metavar="CORRELATION_ID")],
+    correlation_id: Annotated[str, typer.Argument(metavar="CORRELATION_ID", callback=given)],
     files: Files = None,
     sets: Sets = None,
     vars_files: VarsFiles = None,

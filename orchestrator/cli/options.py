@@ -31,14 +31,29 @@ class Output(StrEnum):
     JSON = "json"
 
 
+def given(value: T) -> T:
+    """For what is acted upon: an empty value is a variable of the shell that was not set, and is not taken for none."""
+    if value == "" or (isinstance(value, list) and "" in value):
+        raise typer.BadParameter("it is empty: give a value, or leave it out")
+    return value
+
+
 Sources = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[TOPOLOGY]...", help="Topology files; a later one overrides an earlier; - is stdin."),
+    typer.Argument(
+        metavar="[TOPOLOGY]...",
+        callback=given,
+        help="Topology files; a later one overrides an earlier; - is stdin.",
+    ),
 ]
 Files = Annotated[
     list[str] | None,
     typer.Option(
-        "-f", "--file", metavar="TOPOLOGY", help="Topology file; a later one overrides an earlier; - is stdin."
+        "-f",
+        "--file",
+        metavar="TOPOLOGY",
+        callback=given,
+        help="Topology file; a later one overrides an earlier; - is stdin.",
     ),
 ]
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Sets a variable of the topology.")]
@@ -49,13 +64,6 @@ AllowLoss = Annotated[
     list[str] | None,
     typer.Option("--allow-loss", metavar="RESOURCE", help="Accept that this resource loses what it holds. Repeatable."),
 ]
-
-
-def given(value: T) -> T:
-    """For what is acted upon: an empty value is a variable of the shell that was not set, and is not taken for none."""
-    if value == "" or (isinstance(value, list) and "" in value):
-        raise typer.BadParameter("it is empty: give a value, or leave it out")
-    return value
 
 
 def understood(read: Callable[[S], T], value: S) -> T:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import json
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -19,6 +18,7 @@ from orchestrator.brokers.base import Outgoing
 from orchestrator.brokers.connections import Connections
 from orchestrator.errors import OrchestratorError
 from orchestrator.event import position_id
+from orchestrator.operate.publish import strict_json
 from orchestrator.operate.reading import Read, dead_letters, why_it_died
 from orchestrator.operate.session import session
 from orchestrator.topology.model import Subscription, Topology
@@ -137,7 +137,7 @@ def edits(assignments: Mapping[str, str]) -> dict[tuple[str, ...], Any]:
         if parts[0] not in EDITABLE or len(parts) < 2 or not all(parts):
             raise OrchestratorError(f"cannot set {path!r}", hint="write --set payload.<name>=… or metadata.<name>=…")
         try:
-            made[parts] = json.loads(text)
+            made[parts] = strict_json(text)
         except (ValueError, RecursionError):
             made[parts] = text
     return made

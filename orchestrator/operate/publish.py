@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ def read_payload(text: str) -> dict[str, Any]:
         where, text = "stdin", sys.stdin.read(_LARGEST + 1)
     elif text.startswith("@"):
         where = text[1:]
+        if not where:
+            raise PayloadError("@ names no file", hint="give JSON, @FILE or -")
         try:
             with Path(where).open(encoding="utf-8") as file:
                 text = file.read(_LARGEST + 1)
@@ -35,7 +38,7 @@ def read_payload(text: str) -> dict[str, Any]:
     if len(text) > _LARGEST:
         raise PayloadError(f"{where} is too large", hint="store the data elsewhere and publish a reference to it")
     try:
-        found = json.loads(text)
+        found = strict_json(text)
     except ValueError as error:
         raise PayloadError(
             f"{where} is not JSON: {error}", hint="""quote it for the shell: '{"query": "x"}'"""
@@ -47,6 +50,21 @@ def read_payload(text: str) -> dict[str, Any]:
             f"{where} is JSON, but {type(found).__name__} instead of an object", hint="""write '{"name": value, …}'"""
         )
     return found
+
+
+def strict_json(text: str) -> Any:
+    """JSON without what only Python takes for it, NaN and numbers too large for one: they would arrive as null.
+
+    Raises ValueError, RecursionError.
+    """
+    return json.loads(text, parse_constant=_finite, parse_float=_finite)
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is no number that can be sent")
+    return number
 
 
 def readers(topology: Topology, event_type: str) -> list[str]:

@@ -44,6 +44,11 @@ def test_publish_takes_json_a_file_and_stdin(applied: Folder) -> None:
     assert found[1]["target_agent"] == "pack"
 
 
+def test_what_is_to_be_typed_next_can_be_typed(applied: Folder) -> None:
+    said = applied.ok("publish", "parcel.packed", "{}", "--correlation-id", "two words; rm").err
+    assert "orchestrator trace 'two words; rm'" in said
+
+
 def test_publish_says_when_nobody_will_handle_it(applied: Folder) -> None:
     assert "no agent" not in applied.ok("publish", "order.placed", '{"item": "cup"}').err
     assert "no agent of shop subscribes to order.changed" in applied.ok("publish", "order.changed", "{}").err
@@ -83,6 +88,9 @@ def test_the_same_id_twice_takes_effect_once(applied: Folder) -> None:
         (["parcel.packed", '{"a":' * 300 + "1" + "}" * 300], "cannot be written as JSON"),
         (["parcel.packed", "@/dev/zero"], "/dev/zero is too large"),
         (["parcel.packed", '{"a": "\\ud800"}'], "cannot be written as JSON"),
+        (["parcel.packed", '{"a": NaN}'], "NaN is no number that can be sent"),
+        (["parcel.packed", '{"a": -1e999}'], "-1e999 is no number that can be sent"),
+        (["parcel.packed", "@"], "@ names no file"),
     ],
     ids=[
         "no JSON",
@@ -97,6 +105,9 @@ def test_the_same_id_twice_takes_effect_once(applied: Folder) -> None:
         "too deep to write",
         "endless",
         "half a character",
+        "no number",
+        "too large a number",
+        "no file's name",
     ],
 )
 def test_a_wrong_publish_is_refused_and_publishes_nothing(applied: Folder, args: list[str], expected: str) -> None:

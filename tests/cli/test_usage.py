@@ -9,6 +9,7 @@ import pytest
 
 from orchestrator.cli import main as cli
 from tests.cli.rig import COMMAND, Folder
+from tests.patience import PATIENCE
 
 COMMANDS = [
     *("init", "validate", "graph", "schema", "plan", "apply", "dev", "destroy"),
@@ -51,6 +52,25 @@ def test_usage_errors_exit_with_2(wrong: list[str], tmp_path: Path) -> None:
 )
 def test_what_an_option_cannot_mean_is_a_usage_error(folder: Folder, wrong: list[str], said: str) -> None:
     assert said in folder.refused(*wrong, code=2)
+
+
+@pytest.mark.parametrize("wrong", [["validate", ""], ["apply", "-f", ""], ["trace", ""], ["publish", "", "{}"]])
+def test_an_empty_argument_is_a_usage_error(folder: Folder, wrong: list[str]) -> None:
+    assert "it is empty" in folder.refused(*wrong, code=2)
+
+
+def run_without(number: int, folder: Folder, *args: str) -> subprocess.CompletedProcess[bytes]:
+    """Runs a command whose standard stream of that number is closed."""
+    command = ["sh", "-c", f'exec "$@" {number}>&-', "sh", *COMMAND, *args]
+    return subprocess.run(command, cwd=folder.path, capture_output=True, check=False, timeout=2 * PATIENCE)
+
+
+def test_a_closed_standard_stream_is_an_empty_one(folder: Folder) -> None:
+    assert (run_without(1, folder, "validate").returncode, run_without(1, folder, "plan").stderr) == (0, b"")
+    assert b"<stdin> is empty" in run_without(0, folder, "validate", "-").stderr
+    assert run_without(2, folder, "validate", "nowhere.yaml").returncode == 1
+    assert run_without(0, folder, "apply", "--yes", "-d").returncode == 0
+    assert folder.state() == "running"
 
 
 def test_what_is_no_text_on_stdin_is_told_with_its_place(tmp_path: Path) -> None:
