@@ -169,7 +169,8 @@ def destroy(
         if not planned.operations:
             console.say(f"nothing on the broker{'s' * (len(planned.brokers) > 1)} is labelled {topology.name}")
             return _consent(True, allow_loss)
-        _check_names(planned)
+        for name, hint in planned.unknown:  # what holds events and was meant is refused below
+            console.warn(f"{_nothing(name)}: {hint}")
         _show(planned, output)
         losses = [o for o in planned.refused if o.needs]
         named = tuple(allow_loss or ())
@@ -245,7 +246,11 @@ def _consent(prune: bool, allow_loss: list[str] | None) -> Consent:
 def _check_names(plan: Plan) -> None:
     """A loss that was allowed for a name of nothing was meant for something else."""
     for name, hint in plan.unknown:
-        console.misused(f"--allow-loss={name} names nothing in this file or on its brokers", hint=hint)
+        console.misused(_nothing(name), hint=hint)
+
+
+def _nothing(name: str) -> str:
+    return f"--allow-loss={name} names nothing in this file or on its brokers"
 
 
 def _show(plan: Plan, output: Output) -> None:

@@ -275,10 +275,19 @@ def test_a_port_that_something_else_has_taken_is_no_broker(folder: Folder) -> No
     assert "→" in said
 
 
-@pytest.mark.parametrize("command", [["plan"], ["apply", "--yes", "--no-workers"], ["destroy", "--yes"]])
+@pytest.mark.parametrize("command", [["plan"], ["apply", "--yes", "--no-workers"]])
 def test_a_loss_allowed_for_a_name_of_nothing_changes_nothing(folder: Folder, command: list[str]) -> None:
     folder.ok("apply", "--yes", "--no-workers")
     said = folder.refused(*command, "--allow-loss=shop-parcel", code=2)
     assert "--allow-loss=shop-parcel names nothing" in said
     assert "did you mean `shop-parcels`?" in said
     assert folder.run("plan", "--exit-code").code == 0
+
+
+def test_destroy_says_which_loss_was_allowed_for_nothing(folder: Folder) -> None:
+    """It loses nothing by it, and a script may destroy twice."""
+    folder.ok("apply", "--yes", "--no-workers")
+    done = folder.ok("destroy", "--yes", "--allow-loss=shop-parcel")
+    assert "--allow-loss=shop-parcel names nothing" in done.err
+    assert "did you mean `shop-parcels`?" in done.err
+    folder.ok("destroy", "--yes", "--allow-loss=shop-parcels")
