@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from enum import StrEnum
@@ -37,7 +38,7 @@ def init(
     if not name.strip():
         raise typer.BadParameter("FOLDER is empty; for the folder that you are in, write .")
     folder = Path(name)
-    slug = re.sub(r"[^a-z0-9]+", "-", folder.resolve().name.lower()).strip("-") or "topology"
+    slug = re.sub(r"[^a-z0-9]+", "-", os.path.basename(os.path.abspath(folder)).lower()).strip("-") or "topology"
     slug = (slug if slug[0].isalpha() else f"t-{slug}")[:63].rstrip("-")
     starter = resources.files("orchestrator.cli") / "starter"
     files = {

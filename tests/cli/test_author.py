@@ -32,6 +32,8 @@ def test_a_folder_of_any_name_makes_a_topology_that_validates(tmp_path: Path) ->
     Folder(tmp_path).ok("init", "9" * 200)
     assert f"t-{'9' * 61}: valid" in Folder(tmp_path / ("9" * 200)).ok("validate").out
     assert "choose another folder" in Folder(tmp_path).refused("init", "x" * 300)
+    (tmp_path / "loop").symlink_to("loop")
+    assert "choose another folder" in Folder(tmp_path).refused("init", "loop")
 
 
 def test_init_writes_over_nothing(tmp_path: Path) -> None:
