@@ -109,12 +109,13 @@ def _remove_record(state_dir: Path) -> None:
 
 
 def read_record(state_dir: Path) -> dict[str, Any] | None:
-    """pid, start time, socket and topology of the last supervisor; None when there is none, or it ended well."""
+    """pid, start time, socket and topology of the last supervisor; None when there is none, it ended well, or what is
+    there was written by something else."""
     try:
-        record: dict[str, Any] = json.loads((state_dir / "supervisor.json").read_text())
+        record = json.loads((state_dir / "supervisor.json").read_text())
     except (FileNotFoundError, ValueError):
         return None
-    return record
+    return record if isinstance(record, dict) and isinstance(record.get("socket"), str) else None
 
 
 def _ignore(_: Mapping[str, Any]) -> None:

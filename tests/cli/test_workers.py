@@ -58,6 +58,14 @@ def test_a_team_for_which_there_is_no_room_is_refused_at_the_start(folder: Folde
     assert folder.state() == "none"
 
 
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"socket": 5}', "\x00"])
+def test_a_supervisors_record_that_is_none_is_no_supervisor(folder: Folder, text: str) -> None:
+    (folder.path / ".orchestrator").mkdir(mode=0o700)
+    folder.write(".orchestrator/supervisor.json", text)
+    assert "orchestrator apply starts one" in folder.refused("status")
+    (folder.path / ".orchestrator" / "supervisor.json").unlink()
+
+
 def test_a_detached_supervisor_from_start_to_stop(folder: Folder) -> None:
     folder.ok("apply", "--yes", "-d")
     status = folder.ok("status", "-o", "json").json
