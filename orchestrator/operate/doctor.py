@@ -35,8 +35,8 @@ def machine() -> list[Fact]:
 def state(topology: Topology) -> Fact:
     """Whether sockets, logs and embedded data can be written beside the topology file."""
     folder = topology.state_dir if topology.state_dir.exists() else topology.root
-    if not os.access(folder, os.W_OK):
-        return Fact("state folder", str(folder), "error", "make it writable, or copy the topology elsewhere")
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        return Fact("state folder", str(folder), "error", "make it a writable folder, or copy the topology elsewhere")
     free = shutil.disk_usage(folder).free
     if free < 512 * 2**20:
         return Fact("state folder", f"{folder}, {free // 2**20} MiB free", "warning", "make room on this disk")
@@ -44,15 +44,21 @@ def state(topology: Topology) -> Fact:
 
 
 async def brokers(topology: Topology) -> AsyncIterator[tuple[str, list[Fact]]]:
-    """(broker, facts) for each; a broker that does not answer is one fact of level error."""
-    async with session(topology, name="doctor") as connections:
-        for broker in topology.brokers.values():
-            try:
-                connection = await connections.get(broker.name)
-                facts = await connection.facts()
-            except OrchestratorError as error:
-                facts = [Fact("reachable", topology.redact(error.message), "error", error.hint or "")]
-            yield f"{broker.name} ({broker.kind}, {broker_url(broker)})", facts
+    """(broker, facts) for each; one that does not answer is one fact of level error, and so is an embedded server that
+    cannot be started."""
+    try:
+        async with session(topology, name="doctor") as connections:
+            for broker in topology.brokers.values():
+                try:
+                    connection = await connections.get(broker.name)
+                    facts = await connection.facts()
+                except OrchestratorError as error:
+                    facts = [Fact("reachable", topology.redact(error.message), "error", error.hint or "")]
+                yield f"{broker.name} ({broker.kind}, {broker_url(broker)})", facts
+    except OrchestratorError as error:
+        yield "embedded", [Fact("reachable", error.message, "error", error.hint or "")]
+    except OSError as error:
+        yield "embedded", [Fact("reachable", str(error), "error", "see the state folder above")]
 
 
 def _python() -> Fact:

@@ -83,7 +83,7 @@ def test_a_terminal_that_knows_few_characters_is_shown_the_rest_as_escapes(tmp_p
     assert "\\u2713 python" in Folder(tmp_path).run("doctor", PYTHONIOENCODING="ascii").out
 
 
-@pytest.mark.parametrize("command", [["plan"], ["apply", "--yes", "-d"], ["status"], ["doctor"], ["stop"]])
+@pytest.mark.parametrize("command", [["plan"], ["apply", "--yes", "-d"], ["status"], ["stop"]])
 def test_a_state_folder_that_cannot_be_used_is_the_machines_refusal(folder: Folder, command: list[str]) -> None:
     folder.write(".orchestrator", "a file, not a folder")
     said = folder.refused(*command)
