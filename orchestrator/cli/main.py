@@ -80,6 +80,11 @@ def main() -> None:
 
 def _explained(error: Exception) -> OrchestratorError:
     """In words what no command foresaw: the machine's refusals, and mistakes of ours."""
+    if isinstance(error, FileNotFoundError):
+        try:
+            os.getcwd()
+        except FileNotFoundError:
+            return OrchestratorError("the folder that you are in was deleted", hint="go to another: cd …")
     if isinstance(error, OSError) and error.strerror and not isinstance(error, (ConnectionError, TimeoutError)):
         where = f" ({error.filename})" if error.filename else ""
         return OrchestratorError(

@@ -91,6 +91,14 @@ def test_a_state_folder_that_cannot_be_used_is_the_machines_refusal(folder: Fold
     assert "must be a folder of yours" in said
 
 
+def test_a_folder_that_was_deleted_is_said(tmp_path: Path) -> None:
+    command = ["sh", "-c", 'rmdir "$PWD"; exec "$@"', "sh", *COMMAND, "init", "shop"]
+    (tmp_path / "gone").mkdir()
+    done = subprocess.run(command, cwd=tmp_path / "gone", capture_output=True, check=False, text=True)
+    assert done.returncode == 1
+    assert "the folder that you are in was deleted" in done.stderr
+
+
 def test_an_unexpected_exception_is_one_line_and_says_how_to_report(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
