@@ -44,7 +44,8 @@ class Slots:
         self.attempts: list[Attempt | None] = [None] * size
         self._runtime = runtime
         self._concurrency = runtime.agent.concurrency
-        self._enough = runtime.agent.concurrency // 2  # free slots that are worth a request at once
+        # Free slots that are worth a request at once: some are fetched while others run and yet others are settled.
+        self._enough = runtime.agent.concurrency // 3
         self._free = list(range(size))
         self._waiting: deque[Attempt] = deque()
         self._alone: Attempt | None = None

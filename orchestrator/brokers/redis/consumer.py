@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from orchestrator.brokers.redis.connection import RedisConnection
 
 LEASE = 10.0
-_HALF = 32
+#: At least so many are asked for at a time.
+_FEW = 21
 BLOCK = 0.25  # seconds a read waits; what is due later than that is noticed by the next
 _log = logging.getLogger(__name__)
 
@@ -147,8 +148,8 @@ class RedisConsumer(Holdings, Consumer):
             return
         main = self.main
         wait = max(1, int(1000 * min(BLOCK, self._take_at - self._loop.time())))
-        # not all at once: the server looks for the second half while the first is handled here
-        self._asked = min(self._free, max(_HALF, self._free // 2))
+        # not all at once: the server looks for some while others are handled here and yet others are being settled
+        self._asked = min(self._free, max(_FEW, self._free // 3))
         read = (
             "XREADGROUP", "GROUP", main.group, self.me, "COUNT", self._asked, "BLOCK", wait,
             "STREAMS", main.stream, ">",
