@@ -50,7 +50,7 @@ def main() -> None:
     gc.freeze()
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(int(sys.argv[2])):
-            print(start(WorkerSpec(topology, next(iter(topology.agents)), 0, Path(folder))), flush=True)
+            print(start(WorkerSpec(topology, next(iter(topology.agents)), 0, folder)), flush=True)
 
 
 if __name__ == "__main__":

@@ -60,23 +60,22 @@ class SupervisorLock:
         return False
 
 
-def hold_slot(run_dir: Path, agent: str, slot: int) -> None:
+def hold_slot(run_dir: str, agent: str, slot: int) -> None:
     """Takes the slot's lock for as long as this process lives. Raises LockedError when another process has it."""
-    path = lock_path(run_dir, agent, slot)
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    fd = os.open(lock_path(run_dir, agent, slot), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        raise LockedError(f"another process holds {path.stem}", hint="wait until it has ended") from None
+        raise LockedError(f"another process holds {agent}.{slot}", hint="wait until it has ended") from None
     os.ftruncate(fd, 0)
     os.pwrite(fd, str(os.getpid()).encode(), 0)
 
 
-def lock_path(run_dir: Path, agent: str, slot: int) -> Path:
-    return run_dir / f"{agent}.{slot}.lock"
+def lock_path(run_dir: str | Path, agent: str, slot: int) -> str:
+    return f"{run_dir}/{agent}.{slot}.lock"
 
 
-def holder(path: Path) -> int | None:
+def holder(path: str | Path) -> int | None:
     """The pid of the live process that holds the slot lock `path`; None when nobody does (0: not told yet)."""
     try:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)

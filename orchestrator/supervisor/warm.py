@@ -15,7 +15,6 @@ End of file means that the supervisor is gone: the workers are told to end, and 
 
 from __future__ import annotations
 
-import asyncio  # noqa: F401  (a worker needs it: imported here, it is shared by all of them)
 import contextlib
 import gc
 import importlib
@@ -29,11 +28,11 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, cast
 
 from orchestrator.brokers import registry
 from orchestrator.errors import OrchestratorError
+from orchestrator.supervisor import sharing
 from orchestrator.supervisor.locks import hold_slot
 from orchestrator.supervisor.rehearsing import rehearse
 from orchestrator.topology import restore
@@ -57,6 +56,7 @@ class Warm:
         self._topologies: dict[str, Topology] = {}
         self._pids: dict[int, int] = {}  # id -> pid
         self._ids: dict[int, int] = {}  # pid -> id
+        self._filling: list[object] = []
         self._buffer = b""
         self._descriptors: deque[int] = deque()
         self._wake, waker = socket.socketpair()
@@ -105,6 +105,7 @@ class Warm:
                     os.kill(pid, signal.SIGKILL)
 
     def _remember(self, key: str, dump: str) -> None:
+        self._filling.clear()
         try:
             topology = restore(dump.encode())
             for broker in topology.brokers.values():
@@ -115,10 +116,8 @@ class Warm:
             self._tell({"topology": key, "error": error.message, "hint": error.hint})
             return
         self._topologies[key] = topology
-        # Importing has filled the interpreter's cache of attributes. A worker that replaces an entry there gives up the
-        # old name (type_cache in CPython's typeobject.c), and so writes to a page that it shared: 0.2 MiB in each.
-        sys._clear_type_cache()
-        gc.freeze()
+        str(topology.root)  # a Path keeps its text, so workers find it there
+        self._filling = sharing.settle()
         self._tell({"topology": key, "error": None, "hint": None})
 
     def _spawn(self, message: dict[str, Any]) -> None:
@@ -127,7 +126,7 @@ class Warm:
             topology=self._topologies[message["key"]],
             agent=message["agent"],
             slot=message["slot"],
-            run_dir=Path(message["run_dir"]),
+            run_dir=message["run_dir"],
         )
         pid = os.fork()
         if pid == 0:
@@ -149,7 +148,7 @@ class Warm:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for held in (self._supervisor, self._wake, self._waker):
-            held.close()
+            os.close(held.detach())
         for descriptor in self._descriptors:
             os.close(descriptor)
 
@@ -169,8 +168,10 @@ class Warm:
             self._tell({"exited": number, "code": code if code >= 0 else None, "signal": -code if code < 0 else None})
 
     def _tell(self, message: dict[str, Any]) -> None:
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the next read sees its end
+        try:
             self._supervisor.sendall(json.dumps(message).encode() + b"\n")
+        except (BrokenPipeError, ConnectionResetError):
+            return  # the next read sees its end
 
     def _end(self) -> None:
         """The workers see the end of their own control sockets; SIGTERM is for the one that does not look."""
@@ -225,7 +226,7 @@ def main() -> None:
     descriptor, entry = int(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else ENTRY
     with socket.socket(fileno=descriptor) as supervisor:
         function = resolve(entry)
-        gc.freeze()
+        sharing.once()
         Warm(supervisor, function).run()
 
 

@@ -81,7 +81,7 @@ class Actor:
         self.stuck: str | None = None
         self._topology = topology
         self._handler = handler
-        self._spec = WorkerSpec(topology, agent.name, slot, run_dir)
+        self._spec = WorkerSpec(topology, agent.name, slot, str(run_dir))
         self._log = _logger(agent.name, slot)
         self._lifespan = AsyncExitStack()
         self._connections: Connections | None = None

@@ -3,6 +3,7 @@ and has the worker replaced when an attempt blocks the loop beyond its time."""
 
 from __future__ import annotations
 
+import _thread
 import asyncio
 import os
 import threading
@@ -46,19 +47,28 @@ class Guardian:
         self._lease = lease
         self._timeout = timeout
         self._loop = asyncio.get_running_loop()
-        self._stopped = threading.Event()
+        self._running = threading.Lock()  # held until `stop`
+        self._running.acquire()
         self._keeper: threading.Thread | None = None
         self._orphan_since: float | None = None
 
     def start(self) -> None:
-        threading.Thread(target=self._watch, name="guardian", daemon=True).start()
+        # A bare thread and a bare lock: a Thread and an Event write to more memory that workers share.
+        _thread.start_new_thread(self._watch, ())
 
     def stop(self) -> None:
-        self._stopped.set()
+        self._running.release()
+
+    def _stopped(self, within: float) -> bool:
+        """Waits for `stop`, that many seconds at most; says whether it has come."""
+        stopped = self._running.acquire(timeout=within)
+        if stopped:
+            self._running.release()
+        return stopped
 
     def _watch(self) -> None:
         self._report(0.0)
-        while not self._stopped.wait(_EVERY):
+        while not self._stopped(_EVERY):
             age = max(0.0, time.monotonic() - self._vitals.turned - _BEAT)
             self._report(age)
             if age > _BLOCKED:
@@ -90,14 +100,15 @@ class Guardian:
             self._keeper.start()
 
     def _extend(self) -> None:
-        while not self._stopped.is_set() and time.monotonic() - self._vitals.turned > _BLOCKED:
+        while time.monotonic() - self._vitals.turned > _BLOCKED:
             runtime = self._vitals.runtime
             for port in list(runtime.ports) if runtime is not None else ():
                 try:
                     port.consumer.keep_alive()
                 except OrchestratorError as error:
                     self._control.send("alarm", message=f"a lease could not be extended: {error}")
-            self._stopped.wait(self._lease / 3)
+            if self._stopped(self._lease / 3):
+                return
 
     def _judge(self, age: float) -> None:
         runtime = self._vitals.runtime

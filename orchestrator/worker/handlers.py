@@ -13,8 +13,9 @@ import traceback
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
+from inspect import CO_ASYNC_GENERATOR, CO_COROUTINE, CO_GENERATOR, CO_VARARGS, CO_VARKEYWORDS
 from pathlib import Path
-from types import ModuleType, NoneType, UnionType
+from types import FunctionType, MethodType, ModuleType, NoneType, UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
@@ -65,10 +66,9 @@ def load_python(topology: Topology, agent: Agent) -> Loaded:
             hint=f"it has: {', '.join(public) or 'no functions'}",
         )
     _callable(function, agent.name)
-    asynchronous = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
-        getattr(function, "__call__", None)  # noqa: B004  an object with an async __call__ is a handler too
+    return Loaded(
+        bind(function, agent.name), threaded=not _is_async(function), lifespan=getattr(module, "lifespan", None)
     )
-    return Loaded(bind(function, agent.name), threaded=not asynchronous, lifespan=getattr(module, "lifespan", None))
 
 
 KINDS: dict[str, Callable[[Topology, Agent], Loaded]] = {"python": load_python}
@@ -96,9 +96,10 @@ def import_beside(root: Path, name: str, agent: str) -> ModuleType:
 
 def _forget_namesake(root: Path, top: str, agent: str) -> None:
     """A module of the same name from another folder (another topology in this process) gives way to ours."""
+    if (there := sys.modules.get(top)) is None:
+        return
     ours = next((p for p in (root / f"{top}.py", root / top / "__init__.py") if p.exists()), None)
-    there = sys.modules.get(top)
-    if ours is None or there is None:
+    if ours is None:
         return
     if top in sys.stdlib_module_names:
         raise HandlerLoadError(
@@ -123,13 +124,35 @@ def _is_ours(filename: str) -> bool:
     return filename.startswith(_OURS)
 
 
+def _plain(function: Any) -> FunctionType | None:
+    """The function itself, when its code object says all about it: it, or the method's, was written with `def` and
+    bears no attribute, as a decorator leaves them (`__wrapped__`, `__signature__`, ...). Most handlers are plain, and
+    to ask `inspect` about one writes to much memory that workers share otherwise."""
+    inner = function.__func__ if type(function) is MethodType else function
+    return inner if type(inner) is FunctionType and not inner.__dict__ else None
+
+
+def _is_async(function: Any) -> bool:
+    if (plain := _plain(function)) is not None:
+        return bool(plain.__code__.co_flags & CO_COROUTINE)
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
+        getattr(function, "__call__", None)  # noqa: B004  an object with an async __call__ is a handler too
+    )
+
+
+def _is_generator(function: Any) -> bool:
+    if (plain := _plain(function)) is not None:
+        return bool(plain.__code__.co_flags & (CO_GENERATOR | CO_ASYNC_GENERATOR))
+    return inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function)
+
+
 def _callable(function: Any, agent: str) -> None:
     """Raises HandlerLoadError for what could be called but would handle nothing: the event would be settled."""
-    if inspect.isclass(function):
+    if isinstance(function, type):
         raise HandlerLoadError(
             f"agent {agent!r}: {_name(function)} is a class", hint="name an object of it, or one of its methods"
         )
-    if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+    if _is_generator(function):
         raise HandlerLoadError(f"agent {agent!r}: {_name(function)} is a generator: it has a `yield`", hint=_SHAPE)
 
 
@@ -159,6 +182,9 @@ _SHAPE = "write it as: async def handler(event: AgentEvent, ctx: Context)"
 
 def _parameters(function: Callable[..., Any], agent: str) -> list[tuple[str, Any]]:
     """(name, annotation) of the parameters that have to be filled."""
+    if (plain := _plain(function)) is not None and (names := _names(plain, bound=plain is not function)) is not None:
+        given = plain.__annotations__
+        return [(name, _annotation(given.get(name, inspect.Parameter.empty), function)) for name in names]
     found = []
     try:
         signature = inspect.signature(function)
@@ -190,26 +216,47 @@ def _parameters(function: Callable[..., Any], agent: str) -> list[tuple[str, Any
     return found
 
 
+def _names(plain: FunctionType, bound: bool) -> tuple[str, ...] | None:
+    """The names of its parameters, when all of them are given by place and have no default; None when `inspect` has to
+    tell. `bound`: the first is given already."""
+    code = plain.__code__
+    if code.co_flags & (CO_VARARGS | CO_VARKEYWORDS) or code.co_kwonlyargcount or plain.__defaults__:
+        return None
+    if bound and not code.co_argcount:
+        return None
+    return code.co_varnames[int(bound) : code.co_argcount]
+
+
 def _annotation(given: Any, function: Callable[..., Any]) -> Any:
     """The type that is meant: text is looked up for each parameter by itself, because a name that is imported for type
     checkers only must not hide the others; Annotated and Optional are looked through."""
     if isinstance(given, str):
-        inner: Any = inspect.unwrap(function)
-        while hasattr(inner, "func"):  # functools.partial
-            inner = inspect.unwrap(inner.func)
-        if not hasattr(inner, "__globals__") and not hasattr(inner, "__func__"):
-            inner = type(inner).__call__  # an object with a __call__
-        inner = inspect.unwrap(getattr(inner, "__func__", inner))
+        scope = _scope(function)
         try:
-            given = eval(given, getattr(inner, "__globals__", {}))
+            given = scope[given] if given in scope else eval(given, scope)
         except Exception:  # whatever it says, it names nothing that exists here: names and places decide
             return given
+    if isinstance(given, type):
+        return given
     if get_origin(given) is Annotated:
         return _annotation(get_args(given)[0], function)
     if get_origin(given) in (Union, UnionType):
         members = [member for member in get_args(given) if member is not NoneType]
         return _annotation(members[0], function) if len(members) == 1 else given
     return dict if get_origin(given) is dict else given
+
+
+def _scope(function: Callable[..., Any]) -> dict[str, Any]:
+    """The names that the text of its annotations may use."""
+    if (plain := _plain(function)) is not None:
+        return plain.__globals__
+    inner: Any = inspect.unwrap(function)
+    while hasattr(inner, "func"):  # functools.partial
+        inner = inspect.unwrap(inner.func)
+    if not hasattr(inner, "__globals__") and not hasattr(inner, "__func__"):
+        inner = type(inner).__call__  # an object with a __call__
+    inner = inspect.unwrap(getattr(inner, "__func__", inner))
+    return getattr(inner, "__globals__", {})
 
 
 def _is_ours_to_fill(name: str, annotation: Any) -> bool:

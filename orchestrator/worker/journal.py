@@ -69,11 +69,15 @@ class Journal:
         self._map[: _HEADER.size] = _HEADER.pack(_MAGIC, _VERSION, _RECORD, size)
 
     @classmethod
-    def create(cls, path: Path, size: int) -> Journal:
+    def create(cls, path: str | Path, size: int) -> Journal:
         """An empty journal of `size` records at `path`; it replaces the predecessor's in one step. Raises OSError."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = path.with_suffix(".new")
-        fd = os.open(fresh, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+        fresh = f"{path}.new"
+        flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC
+        try:
+            fd = os.open(fresh, flags, 0o600)
+        except FileNotFoundError:  # nobody has made the folder
+            os.makedirs(os.path.dirname(fresh), exist_ok=True)
+            fd = os.open(fresh, flags, 0o600)
         try:
             journal = cls(size, fd)
         finally:
@@ -98,11 +102,12 @@ class Journal:
         self._map.close()
 
 
-def read(path: Path) -> list[Record]:
+def read(path: str | Path) -> list[Record]:
     """What a dead worker left at `path`; empty when there is no journal, or none that this version can read. The
     number of records is the file's own, so a changed `concurrency` does not matter."""
     try:
-        data = path.read_bytes()
+        with open(path, "rb") as file:
+            data = file.read()
     except FileNotFoundError:
         return []
     if len(data) < _HEADER.size:
@@ -119,10 +124,18 @@ def read(path: Path) -> list[Record]:
     return found
 
 
-def forget(path: Path, subscription: int) -> None:
+def remove(path: str) -> None:
+    """Nothing is left to tell a successor."""
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        return
+
+
+def forget(path: str | Path, subscription: int) -> None:
     """Empties the tokens of one subscription in a dead worker's journal: what they say has been told. The records stay,
     because how many had started says how each of the others is judged."""
-    with path.open("r+b") as file:
+    with open(path, "r+b") as file:
         data = file.read()
         _, _, size, count = _HEADER.unpack_from(data)
         for at in range(_HEADER.size, _HEADER.size + count * size, size):

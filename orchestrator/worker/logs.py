@@ -21,6 +21,7 @@ from orchestrator import clock  # noqa: E402
 from orchestrator.topology.model import Topology  # noqa: E402
 
 _LEVELS = {"critical": 50, "error": 40, "warning": 30, "info": 20, "debug": 10}
+_Bound: Any = structlog.make_filtering_bound_logger(logging.INFO)
 
 
 def logger(topology: Topology, agent: str, slot: int) -> Any:
@@ -34,32 +35,50 @@ def logger(topology: Topology, agent: str, slot: int) -> Any:
             line = line.replace(secret, "***")
         return line.encode()
 
-    found = structlog.wrap_logger(
-        structlog.BytesLogger(sys.stdout.buffer),
-        processors=[structlog.processors.format_exc_info, render],
-        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
-        context_class=dict,
-        cache_logger_on_first_use=True,
-    )
-    return found.bind(agent=agent, slot=slot)
+    return _Bound(_Output(), [structlog.processors.format_exc_info, render], {"agent": agent, "slot": slot})
+
+
+def prepare() -> None:
+    """What `take_over` needs, done by the warm parent already: its workers share it."""
+    if logging.root.handlers != [_FORWARD]:
+        logging.root.handlers = [_FORWARD]
+        logging.root.setLevel(logging.INFO)
 
 
 def take_over(log: Any) -> None:
     """Sends what libraries and handlers say through `logging` the same way."""
-    root = logging.getLogger()
-    root.handlers = [_Forward(log)]
-    root.setLevel(logging.INFO)
+    prepare()
+    _FORWARD.log = log
+
+
+class _Output:
+    """Where structlog's lines go: fd 1. The buffer locks itself, so a line stays in one piece."""
+
+    __slots__ = ("_buffer",)
+
+    def __init__(self) -> None:
+        self._buffer = sys.stdout.buffer
+
+    def msg(self, line: bytes) -> None:
+        self._buffer.write(line + b"\n")
+        self._buffer.flush()
+
+    critical = error = warning = info = debug = exception = log = msg
 
 
 class _Forward(logging.Handler):
-    def __init__(self, log: Any) -> None:
-        super().__init__()
-        self._log = log
+    log: Any = None
 
     def emit(self, record: logging.LogRecord) -> None:
+        if self.log is None:  # the warm parent's own words
+            sys.stderr.write(f"{self.format(record)}\n")
+            return
         level = next((name for name, least in _LEVELS.items() if record.levelno >= least), "debug")
         more = {"exc_info": record.exc_info} if record.exc_info else {}
-        getattr(self._log, level)(record.getMessage(), logger=record.name, **more)
+        getattr(self.log, level)(record.getMessage(), logger=record.name, **more)
+
+
+_FORWARD = _Forward()
 
 
 def _as_json(text: str) -> str:

@@ -13,7 +13,7 @@ import signal
 import socket
 import sys
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 
 from orchestrator.brokers import registry
@@ -42,7 +42,8 @@ def run(spec: WorkerSpec, control: socket.socket) -> int:
     os._exit: a handler's thread may still be running."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     agent = spec.topology.agents[spec.agent]
-    os.environ.update(agent.env)
+    for name, value in agent.env.items():
+        os.environ[name] = value
     log = logs.logger(spec.topology, spec.agent, spec.slot)
     logs.take_over(log)
     channel = Control(control, spec.topology.redact)
@@ -81,7 +82,9 @@ class Worker:
         loop.add_signal_handler(signal.SIGTERM, self._drain, self._agent.drain_timeout)
         self._control.listen(self._receive, lambda: self._drain(_ORPHAN_DRAIN))
         try:
-            async with self._lifespan():
+            if self._handler.lifespan is None:
+                return await self._work()
+            async with self._lifespan(self._handler.lifespan):
                 return await self._work()
         finally:
             guardian.stop()
@@ -110,7 +113,7 @@ class Worker:
                 await runtime.drain(self._drain_timeout)
                 await runtime.close()
                 if not runtime.in_flight:
-                    self._spec.journal.unlink(missing_ok=True)
+                    journal.remove(self._spec.journal)
         finally:
             stopping.cancel()
             await connections.close()
@@ -146,12 +149,8 @@ class Worker:
         return REPLACE_ME
 
     @asynccontextmanager
-    async def _lifespan(self) -> AsyncIterator[None]:
+    async def _lifespan(self, make: Callable[[AgentContext], AbstractAsyncContextManager[Any]]) -> AsyncIterator[None]:
         """The handler module's own, around everything. What it raises on the way in is a handler that does not load."""
-        make = self._handler.lifespan
-        if make is None:
-            yield
-            return
         if inspect.isasyncgenfunction(make):
             make = asynccontextmanager(make)
         try:

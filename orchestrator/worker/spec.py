@@ -1,9 +1,10 @@
-"""What a worker process is told when it is forked. Plain data; the supervisor makes it."""
+"""What a worker process is told when it is forked. Plain data; the supervisor makes it.
+
+Its places are text: what a `Path` runs would be written to memory that the worker shares with the others."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from orchestrator.topology.model import Topology
 
@@ -15,7 +16,7 @@ class WorkerSpec:
     topology: Topology
     agent: str
     slot: int
-    run_dir: Path
+    run_dir: str
 
     @property
     def name(self) -> str:
@@ -23,5 +24,5 @@ class WorkerSpec:
         return f"{self.agent}.{self.slot}"
 
     @property
-    def journal(self) -> Path:
-        return self.run_dir / f"{self.name}.journal"
+    def journal(self) -> str:
+        return f"{self.run_dir}/{self.name}.journal"

@@ -98,7 +98,7 @@ def main() -> None:
     if spec["without"]:
         without(spec["without"])
     control = socket.socket(fileno=int(sys.argv[2]))
-    code = run(WorkerSpec(spec["topology"], spec["agent"], spec["slot"], spec["run_dir"]), control)
+    code = run(WorkerSpec(spec["topology"], spec["agent"], spec["slot"], str(spec["run_dir"])), control)
     sys.stdout.flush()
     os._exit(code)
 

@@ -45,10 +45,9 @@ class _Worker:
             return int(self.config["code"])
         if do == "deaf":
             time.sleep(3600)
-        journal = self.spec.run_dir / f"{self.spec.agent}.{self.spec.slot}.journal"
-        if journal.exists():
+        if os.path.exists(self.spec.journal):
             self.record("recovered")
-            journal.unlink()
+            os.unlink(self.spec.journal)
         self.record("ready")
         self.tell({"type": "ready"})
         return self.serve(do)
@@ -108,7 +107,7 @@ class _Worker:
 
     def record(self, word: str) -> None:
         line = f"{self.spec.agent}.{self.spec.slot} {os.getpid()} {word} {time.time():.4f}\n"
-        descriptor = os.open(self.spec.run_dir / "record", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        descriptor = os.open(f"{self.spec.run_dir}/record", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         os.write(descriptor, line.encode())
         os.close(descriptor)
 
@@ -117,5 +116,5 @@ def leave_journal(spec: WorkerSpec) -> None:
     """A journal with one event that had started."""
     from orchestrator.worker.journal import Journal, State
 
-    journal = Journal.create(spec.run_dir / f"{spec.agent}.{spec.slot}.journal", 1)
+    journal = Journal.create(spec.journal, 1)
     journal.begin(0, State.STARTED, 1, b"token")

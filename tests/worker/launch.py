@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import socket
 import sys
-from pathlib import Path
 
 from orchestrator.topology import load
 from orchestrator.worker.main import run
@@ -13,7 +12,7 @@ from orchestrator.worker.spec import WorkerSpec
 
 if __name__ == "__main__":
     file, agent, slot, run_dir, fd = sys.argv[1:]
-    spec = WorkerSpec(load([file]).topology, agent, int(slot), Path(run_dir))
+    spec = WorkerSpec(load([file]).topology, agent, int(slot), run_dir)
     code = run(spec, socket.socket(fileno=int(fd)))
     sys.stdout.flush()
     os._exit(code)

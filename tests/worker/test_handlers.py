@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,6 +15,7 @@ from pydantic import BaseModel
 from orchestrator import AgentEvent, Context, SyncContext
 from orchestrator.errors import HandlerLoadError, PayloadError
 from orchestrator.topology.model import Agent, Handler, Topology
+from orchestrator.worker import handlers
 from orchestrator.worker.handlers import bind, load
 
 EVENT = AgentEvent(event_type="t", payload={"n": 1})
@@ -239,3 +241,153 @@ def test_what_would_handle_nothing_is_refused(tmp_path: Path, name: str, word: s
     (tmp_path / "trial_lazy.py").write_text(LAZY)
     with pytest.raises(HandlerLoadError, match=word):
         loading(tmp_path, f"trial_lazy:{name}")
+
+
+# --- every kind of callable -------------------------------------------------------------------------------------
+
+KINDS_OF_CALLABLE = """
+import functools, inspect
+from orchestrator import AgentEvent, Context
+
+def seen(event, ctx):
+    return type(event).__name__, ctx is not None
+
+async def coroutine(event, ctx): return seen(event, ctx)
+def function(event, ctx): return seen(event, ctx)
+def only_positional(event, ctx, /): return seen(event, ctx)
+def reversed_(ctx: Context, event: AgentEvent): return seen(event, ctx)
+def with_default(event, ctx, depth=3): return seen(event, ctx)
+def with_default_context(event, ctx: Context = None): return seen(event, ctx)
+def keyword_default(event, ctx, *, depth=3): return seen(event, ctx)
+def anything(*args, **kwargs): return seen(*args)
+def named_and_anything(event, ctx, *args): return seen(event, ctx)
+blambda = lambda event, ctx: seen(event, ctx)
+
+class Agent:
+    async def acoroutine(self, event, ctx): return seen(event, ctx)
+    def method(self, event, ctx): return seen(event, ctx)
+    def swallowing(*args): return seen(*args[1:])
+    @classmethod
+    def of_class(cls, event, ctx): return seen(event, ctx)
+    @staticmethod
+    def static(event, ctx): return seen(event, ctx)
+    _half = lambda self, extra, event, ctx: seen(event, ctx)
+    half = functools.partialmethod(_half, 1)
+    def __call__(self, event, ctx): return seen(event, ctx)
+
+class Later:
+    async def __call__(self, event, ctx): return seen(event, ctx)
+
+agent = Agent()
+later = Later()
+def three(extra, event, ctx): return seen(event, ctx)
+async def athree(extra, event, ctx): return seen(event, ctx)
+partial = functools.partial(three, 1)
+apartial = functools.partial(athree, 1)
+
+def decorated(inner):
+    @functools.wraps(inner)
+    def wrapper(*args): return inner(*args)
+    return wrapper
+wrapped = decorated(function)
+wrapped_reversed = decorated(reversed_)
+
+def signed(a, b): return seen(b, a)
+signed.__signature__ = inspect.signature(reversed_)
+def labelled(event, ctx): return seen(event, ctx)
+labelled.label = "x"
+unbound = Agent.method
+"""
+
+
+@pytest.mark.usefixtures("imports")
+@pytest.mark.parametrize(
+    ("name", "asynchronous"),
+    [
+        ("coroutine", True),
+        ("function", False),
+        ("only_positional", False),
+        ("reversed_", False),
+        ("with_default", False),
+        ("with_default_context", False),
+        ("keyword_default", False),
+        ("anything", False),
+        ("named_and_anything", False),
+        ("blambda", False),
+        ("agent.acoroutine", True),
+        ("agent.method", False),
+        ("agent.swallowing", False),
+        ("agent.half", False),
+        ("agent", False),
+        ("later", True),
+        ("Agent.of_class", False),
+        ("Agent.static", False),
+        ("partial", False),
+        ("apartial", True),
+        ("wrapped", False),
+        ("wrapped_reversed", False),
+        ("signed", False),
+        ("labelled", False),
+    ],
+)
+def test_every_kind_of_callable_is_called_as_it_is_written(tmp_path: Path, name: str, asynchronous: bool) -> None:
+    (tmp_path / "trial_kinds.py").write_text(KINDS_OF_CALLABLE)
+    found = loading(tmp_path, f"trial_kinds:{name}")
+    assert found.threaded is not asynchronous
+    done = found.call(EVENT, CTX)
+    if asynchronous:
+        with pytest.raises(StopIteration) as ended:
+            done.send(None)
+        done = ended.value.value
+    assert done == ("AgentEvent", True)
+
+
+@pytest.mark.usefixtures("imports")
+def test_a_method_without_its_object_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "trial_kinds.py").write_text(KINDS_OF_CALLABLE)
+    with pytest.raises(HandlerLoadError, match="takes the event twice"):
+        loading(tmp_path, "trial_kinds:unbound")
+
+
+def positional(a: AgentEvent, b: Number, /, c: Context) -> None: ...
+
+
+class Bound:
+    def method(self, event: AgentEvent, ctx: Context) -> None: ...
+    def given(*given: Any) -> None: ...
+
+
+BOUND = Bound()
+
+
+def marked(event: AgentEvent, ctx: Context) -> None: ...
+
+
+marked.__signature__ = inspect.signature(only_model)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        usual,
+        reverse,
+        by_place,
+        only_model,
+        mixed,
+        raw,
+        twice,
+        keyword,
+        positional,
+        BOUND.method,
+        BOUND.given,
+        marked,
+        len,
+    ],
+)
+def test_reading_the_code_object_says_what_inspect_says(function: Any) -> None:
+    """The short way is taken for plain functions only, and leads to the same place."""
+    plain = handlers._plain(function)
+    names = handlers._names(plain, bound=plain is not function) if plain is not None else None
+    if names is not None:
+        assert list(names) == list(inspect.signature(function).parameters)
+    assert (names is None) == (function in (raw, keyword, BOUND.given, marked, len))

@@ -46,6 +46,11 @@ def test_a_file_that_is_no_journal_of_ours_is_empty(tmp_path: Path, content: byt
     assert read(tmp_path / "x") == []
 
 
+def test_the_folder_of_a_journal_is_made(tmp_path: Path) -> None:
+    Journal.create(tmp_path / "not" / "yet" / "a.0.journal", 1)
+    assert [path.name for path in (tmp_path / "not" / "yet").iterdir()] == ["a.0.journal"]
+
+
 def test_a_cut_journal_is_empty_and_a_missing_one_too(tmp_path: Path) -> None:
     path = tmp_path / "a.0.journal"
     Journal.create(path, 4).begin(0, State.STARTED, 1, b"x")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -406,7 +407,7 @@ async def test_a_host_that_is_lost_leaves_no_journal_and_the_crash_is_counted_al
 
 def lose_journals(t: TopologyTest) -> None:
     for actor in t._of("worker"):
-        actor._spec.journal.unlink()
+        os.unlink(actor._spec.journal)
 
 
 async def test_secrets_do_not_reach_a_dead_letter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
