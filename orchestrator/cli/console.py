@@ -19,7 +19,7 @@ from orchestrator.errors import OrchestratorError
 
 _CONTROL = re.compile(r"(\x1b\[[0-9;]*m)|[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # but colours
 _CELL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
-_LEAST = 20  # columns of the terminal that a table's last column has
+_LEAST = 20  # columns of the terminal below which a table's last column is not folded
 _hidden: list[str] = []  # secrets, the longest first
 
 
@@ -118,7 +118,7 @@ def paint_out(text: str, code: str) -> str:
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Columns, left-aligned, as wide as needed: one line for each row. On a terminal that is too narrow the last column
-    goes on below itself; the others, which hold what is copied, are never cut."""
+    goes on below itself where there is room for it; the others, which hold what is copied, are never cut."""
     # a few hundredths of a second, which a command without a table does without
     from rich.cells import cell_len
     from rich.console import Console
@@ -128,12 +128,13 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [[_CELL.sub(_escaped, _clean(cell)) for cell in row] for row in (header, *rows)]
     wide = [max(cell_len(row[i]) for row in lines) + 2 for i in range(len(header))]
     room = shutil.get_terminal_size().columns if sys.stdout.isatty() else sum(wide)
+    if room < sum(wide[:-1]) + _LEAST:
+        room = sum(wide)
     grid = Table.grid(*(Column(no_wrap=i < len(header) - 1) for i in range(len(header))), padding=(0, 2, 0, 0))
     for row in lines:
         grid.add_row(*map(Text, row))
     text = io.StringIO()
-    width = max(room, sum(wide[:-1]) + min(wide[-1], _LEAST))
-    Console(file=text, width=width, color_system=None, force_terminal=False).print(grid)
+    Console(file=text, width=room, color_system=None, force_terminal=False).print(grid)
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
 
