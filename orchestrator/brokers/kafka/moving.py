@@ -37,6 +37,8 @@ _MOVES = 1000
 _INSIST = 3.0
 #: Seconds after which a call with a timeout of five has forgotten it.
 _FORGOTTEN = 8.0
+#: Seconds between looks whether a record was refused.
+_REPORT = 0.02
 #: Seconds in which an administrator's question is answered.
 _ANSWER = 5.0
 
@@ -119,6 +121,7 @@ class Mover:
             producer.begin_transaction()
             for move in moves:
                 self._write(producer, move)
+            _await_reports(producer, moves)
             offsets = [entry(book, without=gone) for book, gone in touched.values()]
             self._add_offsets(producer, consumer, offsets)
             deciding = True
@@ -305,6 +308,17 @@ def postponed(retry: str, delivery: KafkaDelivery, history: History, delay: floa
         (client.STORED, f"{delivery.time:.3f}".encode()),
     ]
     return Move(delivery, [(retry, delivery.body, delivery.message.key(), headers)], done)
+
+
+def _await_reports(producer: RawProducer, moves: Sequence[Move]) -> None:
+    """Returns when all is written, or after a while. A transaction that is ended while the report of a refused record
+    is on its way waits for that for as long as it may: so it is awaited here. Raises KafkaException for a refusal."""
+    until = time.monotonic() + _INSIST
+    while len(producer) and time.monotonic() < until:
+        producer.flush(_REPORT)
+        for move in moves:
+            if move.refused is not None:
+                raise KafkaException(move.refused)
 
 
 def _say_nothing(producer: RawProducer, places: Sequence[TopicPartition]) -> None:
