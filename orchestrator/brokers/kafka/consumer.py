@@ -97,7 +97,7 @@ class KafkaConsumer(Consumer):
         if count > 0:
             batch = [self._stock.popleft() for _ in range(count)]
             for delivery in batch:
-                delivery.handed = True
+                delivery.handed = delivery.book.dirty = True  # `lag` reads from commits what is running
             self._free -= count
             self._sink.deliver(batch)
 

@@ -65,8 +65,8 @@ class KafkaDelivery(Delivery):
     @property
     def headers(self) -> Mapping[str, str]:  # type: ignore[override]
         if self._headers is None:
-            text, ours = client.text, client.MECHANICS
-            self._headers = {k: text(v) for k, v in client.pairs(self.message) if k not in ours}
+            found, ours = client.pairs(self.message), client.MECHANICS
+            self._headers = {k: v.decode("utf-8", "surrogateescape") if v else "" for k, v in found if k not in ours}
         return self._headers
 
     @property
