@@ -83,7 +83,7 @@ def plan(
     elif output is PlanOutput.MARKDOWN:
         console.data(render.markdown(made))
     else:
-        console.data(render.text(made, color=console.wants_color()))
+        console.data(render.text(made, color=console.wants_color()), painted=True)
     if strict and made.warnings:
         raise OrchestratorError("there are warnings, and --strict makes them errors")
     if made.refused:
@@ -232,7 +232,7 @@ def _show_warnings(warnings: list[Diagnostic]) -> None:
     from orchestrator.topology.diagnostics import render
 
     if warnings:
-        console.say(render(warnings[:_SHOWN], color=console.wants_color(err=True)))
+        console.say(render(warnings[:_SHOWN], color=console.wants_color(err=True)), painted=True)
     if len(warnings) > _SHOWN:
         console.say(f"and {len(warnings) - _SHOWN} more warnings: orchestrator validate shows them all")
 
@@ -258,13 +258,13 @@ def _show(plan: Plan, output: Output) -> None:
     from orchestrator.reconcile import render
 
     if output is Output.JSON:
-        console.say(render.text(plan, color=console.wants_color(err=True)))
+        console.say(render.text(plan, color=console.wants_color(err=True)), painted=True)
     elif plan.empty:
         console.data(f"{plan.topology} (revision {plan.revision}): {render.summary(plan)}")
         for text in plan.warnings:
             console.warn(text)
     else:
-        console.data(render.text(plan, color=console.wants_color()))
+        console.data(render.text(plan, color=console.wants_color()), painted=True)
 
 
 def _listener(*, yes: bool, output: Output, show: bool = True) -> Listener:

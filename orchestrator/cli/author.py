@@ -110,7 +110,7 @@ def validate(
             console.data_json({"version": 1, "valid": False, "diagnostics": check.diagnostics_json(error.diagnostics)})
         raise
     if found:
-        console.say(render(found, color=console.wants_color(err=True)))
+        console.say(render(found, color=console.wants_color(err=True)), painted=True)
     if output is Output.JSON:
         console.data_json(
             {

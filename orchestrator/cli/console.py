@@ -17,7 +17,8 @@ import typer
 
 from orchestrator.errors import OrchestratorError
 
-_CONTROL = re.compile(r"(\x1b\[[0-9;]*m)|[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # but colours
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_UNPAINTED = re.compile(rf"(\x1b\[[0-9;]*m)|{_CONTROL.pattern}")  # but colours
 _CELL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _LEAST = 20  # columns of the terminal below which a table's last column is not folded
 _hidden: list[str] = []  # secrets, the longest first
@@ -30,11 +31,22 @@ def hide(secrets: Sequence[str]) -> None:
     _hidden.sort(key=len, reverse=True)
 
 
-def _clean(text: str) -> str:
-    """Without secrets, and without what an event or a file could do to the terminal; our colours stay."""
+def _redacted(text: str) -> str:
     for secret in _hidden:
         text = text.replace(secret, "***")
-    return _CONTROL.sub(lambda found: found[1] or _escaped(found), text)
+    return text
+
+
+def plain(text: str) -> str:
+    """Without secrets, and without what an event or a file could do to the terminal."""
+    return _CONTROL.sub(_escaped, _redacted(text))
+
+
+def _clean(text: str, *, painted: bool) -> str:
+    """As plain; the colours of a `painted` text stay: whoever painted it has made the rest of it plain."""
+    if not painted:
+        return plain(text)
+    return _UNPAINTED.sub(lambda found: found[1] or _escaped(found), _redacted(text))
 
 
 def _escaped(found: re.Match[str]) -> str:
@@ -51,9 +63,9 @@ def wants_color(*, err: bool = False) -> bool:
     return colored(sys.stderr if err else sys.stdout)
 
 
-def data(text: str) -> None:
+def data(text: str, *, painted: bool = False) -> None:
     """The result of a command, on stdout."""
-    text = _clean(text)
+    text = _clean(text, painted=painted)
     sys.stdout.write(text if text.endswith("\n") else text + "\n")
     sys.stdout.flush()
 
@@ -68,9 +80,9 @@ def data_line(value: Any) -> None:
     data(json.dumps(value, ensure_ascii=False, separators=(",", ":"), default=_plain))
 
 
-def say(text: str) -> None:
+def say(text: str, *, painted: bool = False) -> None:
     """A word for the person, on stderr."""
-    sys.stderr.write(_clean(text) + "\n")
+    sys.stderr.write(_clean(text, painted=painted) + "\n")
     sys.stderr.flush()
 
 
@@ -82,7 +94,7 @@ def progress(event: Mapping[str, Any]) -> None:
 
 def warn(text: str) -> None:
     """A warning, on stderr."""
-    say(f"{paint('warning', '33;1')}: {text}")
+    say(f"{paint('warning', '33;1')}: {plain(text)}", painted=True)
 
 
 def complain(error: OrchestratorError) -> None:
@@ -92,12 +104,12 @@ def complain(error: OrchestratorError) -> None:
 
     if isinstance(error, TopologyError):
         errors = sum(d.severity == "error" for d in error.diagnostics)
-        say(render(error.diagnostics, color=colored(sys.stderr)))
+        say(render(error.diagnostics, color=colored(sys.stderr)), painted=True)
         say(f"{errors} error{'' if errors == 1 else 's'}" if errors else "warnings are errors with --strict")
         return
-    say(f"{paint('error', '31;1')}: {error.message}")
+    say(f"{paint('error', '31;1')}: {plain(error.message)}", painted=True)
     if error.hint:
-        say(f"  {paint('→', '36')} {error.hint}")
+        say(f"  {paint('→', '36')} {plain(error.hint)}", painted=True)
 
 
 def misused(message: str, *, hint: str | None) -> NoReturn:
@@ -125,7 +137,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     from rich.table import Column, Table
     from rich.text import Text
 
-    lines = [[_CELL.sub(_escaped, _clean(cell)) for cell in row] for row in (header, *rows)]
+    lines = [[_CELL.sub(_escaped, plain(cell)) for cell in row] for row in (header, *rows)]
     wide = [max(cell_len(row[i]) for row in lines) + 2 for i in range(len(header))]
     room = shutil.get_terminal_size().columns if sys.stdout.isatty() else sum(wide)
     if room < sum(wide[:-1]) + _LEAST:

@@ -50,7 +50,7 @@ def doctor(
         ]
         console.data_json({"version": 1, "facts": rows})
     else:
-        console.data("\n".join(_section(name, facts) for name, facts in sections))
+        console.data("\n".join(_section(name, facts) for name, facts in sections), painted=True)
     if any(fact.level == "error" for _, facts in sections for fact in facts):
         raise typer.Exit(1)
 
@@ -60,7 +60,7 @@ def _section(name: str, facts: list[Fact]) -> str:
     width = max(len(fact.name) for fact in facts)
     for fact in facts:
         sign, color = _SIGNS[fact.level]
-        lines.append(f"  {console.paint_out(sign, color)} {fact.name:<{width}}  {fact.value}")
+        lines.append(f"  {console.paint_out(sign, color)} {fact.name:<{width}}  {console.plain(fact.value)}")
         if fact.hint:
-            lines.append(f"    {'':<{width}}  → {fact.hint}")
+            lines.append(f"    {'':<{width}}  → {console.plain(fact.hint)}")
     return "\n".join(lines)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 from collections.abc import Callable, Coroutine
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from orchestrator.cli import console
-from orchestrator.cli.options import Files, Output, OutputOption, Sets, Sources, VarsFiles, load_topology
+from orchestrator.cli.options import DEFAULT_FILE, Files, Output, OutputOption, Sets, Sources, VarsFiles, load_topology
 from orchestrator.errors import OrchestratorError
 
 if TYPE_CHECKING:
@@ -34,7 +36,7 @@ def stop(
     files: Files = None, sets: Sets = None, vars_files: VarsFiles = None, output: OutputOption = Output.TEXT
 ) -> None:
     """Drain the workers and end the supervisor. What is on the brokers stays."""
-    topology = load_topology(files, sets, vars_files)
+    topology = _running(files, sets, vars_files)
     control = _control(topology)
     asyncio.run(control.ping())  # nothing is said to be draining where nothing runs
     console.say(f"draining the workers of {topology.name}")
@@ -50,7 +52,7 @@ def status(
     output: OutputOption = Output.TEXT,
 ) -> None:
     """Show what runs: each agent's state, workers, backlog and dead letters."""
-    topology = load_topology([*(sources or []), *(files or [])], sets, vars_files)
+    topology = _running([*(sources or []), *(files or [])], sets, vars_files)
     found = asyncio.run(_control(topology).status())
     if output is Output.JSON:
         console.data_json(found)
@@ -70,7 +72,7 @@ def status(
         for agent in found["agents"]
     ]
     state = console.paint_out(found["state"], _COLORS.get(found["state"], "0"))
-    console.data(f"{found['topology']} (revision {found['revision']}): {state}")
+    console.data(f"{found['topology']} (revision {found['revision']}): {state}", painted=True)
     console.data(console.table(header, rows))
     for agent in found["agents"]:
         if agent.get("reason"):
@@ -92,7 +94,7 @@ def logs(
     from orchestrator.supervisor.logfiles import recent
     from orchestrator.supervisor.logs import Painter
 
-    topology = load_topology(files, sets, vars_files)
+    topology = _running(files, sets, vars_files)
     unknown = [a for a in agents or [] if a not in topology.agents and a != "supervisor"]
     if unknown:
         raise OrchestratorError(
@@ -105,7 +107,8 @@ def logs(
         if output is Output.JSON:
             console.data_line({"version": 1, **record})
         else:
-            console.data(painter.paint(record))
+            shown = {key: console.plain(value) if isinstance(value, str) else value for key, value in record.items()}
+            console.data(painter.paint(shown), painted=True)
 
     async def stream() -> None:
         async for record in _control(topology).logs(agents or [], lines=lines, follow=True):
@@ -129,7 +132,7 @@ def restart(
     output: OutputOption = Output.TEXT,
 ) -> None:
     """Replace workers: new ones are ready before the old drain."""
-    topology = load_topology(files, sets, vars_files)
+    topology = _running(files, sets, vars_files)
     text = f"{agent or 'all agents'} restarted"
     _ask(output, topology, lambda control: control.restart(agent, console.progress), text, agent=agent)
 
@@ -145,7 +148,7 @@ def scale(
     output: OutputOption = Output.TEXT,
 ) -> None:
     """Change an agent's number of workers until the next apply."""
-    topology = load_topology(files, sets, vars_files)
+    topology = _running(files, sets, vars_files)
     text = f"{agent} has {replicas} worker{'' if replicas == 1 else 's'}, until the next apply"
     scaled = {"agent": agent, "replicas": replicas}
     _ask(output, topology, lambda control: control.scale(agent, replicas, console.progress), text, **scaled)
@@ -160,7 +163,7 @@ def pause(
 ) -> None:
     """Let an agent finish what it handles and fetch nothing new."""
     text = f"{agent} is paused; go on with: orchestrator resume {agent}"
-    _ask(output, load_topology(files, sets, vars_files), lambda control: control.pause(agent), text, agent=agent)
+    _ask(output, _running(files, sets, vars_files), lambda control: control.pause(agent), text, agent=agent)
 
 
 def resume(
@@ -171,8 +174,28 @@ def resume(
     output: OutputOption = Output.TEXT,
 ) -> None:
     """Let a paused agent go on."""
-    topology = load_topology(files, sets, vars_files)
+    topology = _running(files, sets, vars_files)
     _ask(output, topology, lambda control: control.resume(agent), f"{agent} goes on", agent=agent)
+
+
+def _running(files: list[str] | None, sets: list[str] | None, vars_files: list[Path] | None) -> Topology:
+    """The file's topology; when an edit broke the file, what the supervisor beside it runs: that can be looked at and
+    stopped all the same. Raises what is wrong with the file when nothing runs."""
+    from orchestrator.supervisor.control import ControlClient
+
+    try:
+        return load_topology(files, sets, vars_files)
+    except OrchestratorError as broken:
+        first = (files or [DEFAULT_FILE])[0]
+        folder = Path.cwd() if first == "-" else Path(os.path.abspath(first)).parent
+        try:
+            topology = asyncio.run(ControlClient(folder / ".orchestrator").topology())
+        except OrchestratorError:
+            raise broken from None
+        console.hide(topology.secrets)
+        console.complain(broken)
+        console.warn(f"this is about {topology.name} as it runs, whatever the file says")
+        return topology
 
 
 def _control(topology: Topology) -> ControlClient:

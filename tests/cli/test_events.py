@@ -122,11 +122,14 @@ def test_publish_before_apply_says_what_is_missing(folder: Folder) -> None:
 
 
 def test_what_an_event_holds_does_nothing_to_the_terminal(applied: Folder) -> None:
-    applied.ok("publish", "parcel.packed", '{"a": "\\u009b2J"}', "--correlation-id", "\x1b]0;owned\x07")
+    applied.ok("publish", "parcel.packed", '{"a": "\\u009b2J"}', "--correlation-id", "\x1b[31m\x1b]0;owned\x07")
     for output in ("text", "json"):
         shown = applied.ok("tail", "--from", "1h", "--no-follow", "-o", output).out
         assert not {"\x1b", "\x07", "\x9b"} & set(shown)
-    assert (json.loads(shown)["correlation_id"], json.loads(shown)["payload"]) == ("\x1b]0;owned\x07", {"a": "\x9b2J"})
+    assert (json.loads(shown)["correlation_id"], json.loads(shown)["payload"]) == (
+        "\x1b[31m\x1b]0;owned\x07",
+        {"a": "\x9b2J"},
+    )
 
 
 def test_a_time_that_no_clock_here_knows_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import pty
 import signal
@@ -79,11 +80,11 @@ print(console.table(["ID", "ERROR"], [["0123456789" * 3, "one two three four fiv
 """
 
 
-def on_terminal(columns: int, program: str) -> list[str]:
+def on_terminal(columns: int, program: str, **more: str) -> list[str]:
     """The lines that `program` prints on a terminal of that width."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-    env = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
+    env = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES", "NO_COLOR")} | more
     try:
         subprocess.run([sys.executable, "-c", program], stdout=theirs, env=env, check=True, timeout=PATIENCE)
         return os.read(ours, 10_000).decode().split("\r\n")[:-1]
@@ -107,6 +108,29 @@ def test_what_a_table_holds_cannot_leave_its_cell() -> None:
         "A         B",
         "x\\u000ay  \\u001b[31mred\\u0009z",
     ]
+
+
+def test_colours_that_we_did_not_paint_are_shown_not_obeyed() -> None:
+    program = """
+from orchestrator.cli import console
+console.data("\\x1b[31mevent")
+console.data(console.paint_out("ours", "32") + " \\x07", painted=True)
+"""
+    assert on_terminal(80, program, TERM="xterm") == ["\\u001b[31mevent", "\x1b[32mours\x1b[0m \\u0007"]
+
+
+def test_what_a_log_line_holds_does_nothing_to_the_terminal(folder: Folder) -> None:
+    (folder.path / ".orchestrator" / "logs").mkdir(parents=True, mode=0o700)
+    line = {
+        "ts": "2026-01-31T12:00:00Z",
+        "level": "info",
+        "agent": "pack",
+        "slot": 0,
+        "event": "\x1b[31mred",
+        "n": "\x9b",
+    }
+    folder.write(".orchestrator/logs/pack.log", json.dumps(line) + "\n")
+    assert "12:00:00 \\u001b[31mred n=\\u009b" in folder.ok("logs").out
 
 
 def test_a_narrow_terminal_folds_a_tables_last_column_and_cuts_nothing() -> None:

@@ -97,6 +97,22 @@ def test_a_detached_supervisor_from_start_to_stop(folder: Folder) -> None:
     assert folder.state() == "none"
 
 
+@pytest.mark.parametrize("text", ["agents: [\n", "", None], ids=["wrong", "empty", "gone"])
+def test_a_file_that_an_edit_broke_leaves_what_runs_to_be_seen_and_stopped(folder: Folder, text: str | None) -> None:
+    folder.ok("apply", "--yes", "-d")
+    folder.write("topology.yaml", text) if text is not None else (folder.path / "topology.yaml").unlink()
+    try:
+        shown = folder.ok("status", "-o", "json")
+        assert [a["name"] for a in shown.json["agents"]] == ["pack"]
+        assert "topology.yaml" in shown.err
+        assert "this is about shop as it runs" in shown.err
+        folder.ok("logs", "pack")
+        folder.ok("pause", "pack")
+    finally:
+        folder.ok("stop")
+    assert "this is about" not in folder.refused("status")
+
+
 def test_apply_hands_an_edit_over_to_the_running_supervisor(folder: Folder) -> None:
     folder.ok("apply", "--yes", "-d")
     folder.write("topology.yaml", TOPOLOGY.replace("handler: agents:pack", "handler: agents:pack\n    replicas: 2"))
