@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from orchestrator.brokers import registry
+from orchestrator.brokers.redis.link import Link
 from orchestrator.errors import OrchestratorError
 from orchestrator.topology import load
 from orchestrator.topology.model import Topology
@@ -79,3 +81,10 @@ async def test_a_misspelt_option_is_told_the_near_one() -> None:
 )
 async def test_what_it_takes_is_given_to_it(kind: str, client: dict[str, Any], request: pytest.FixtureRequest) -> None:
     await connect(kind, request.getfixturevalue(f"{kind}_server").url, client)
+
+
+def test_a_constant_of_the_library_is_a_number_in_a_file() -> None:
+    made = topology("redis", "rediss://127.0.0.1:1", {"ssl_min_version": 771, "ssl_cert_reqs": 0})
+    Link(made.brokers["main"], "test")
+    with pytest.raises(OrchestratorError, match="ssl_min_version"):
+        Link(replace(made.brokers["main"], client={"ssl_min_version": "TLSv1.2"}), "test")

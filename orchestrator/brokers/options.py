@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import abc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from enum import EnumType
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -71,6 +72,8 @@ def _plain(hint: Any) -> list[type]:
     kind = get_origin(hint) or hint
     if kind is abc.Mapping:
         kind = dict
+    elif isinstance(kind, EnumType) and issubclass(kind, int):
+        kind = int
     return [kind] if kind in _WORDS else []
 
 
