@@ -35,6 +35,7 @@ WRONG = [
     ("kafka", {"fetch.wait.max.ms": [1]}, "fetch.wait.max.ms"),
     ("kafka", {"error_cb": "agents:error"}, "error_cb"),
     ("kafka", {"logger": "root"}, "logger"),
+    ("kafka", {"acks": 1}, "acks"),
 ]
 
 

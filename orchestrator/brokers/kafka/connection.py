@@ -67,8 +67,9 @@ class KafkaConnection(Connection):
     ) -> KafkaConnection:
         config = client.configuration(broker, name)
         try:
-            with blamed(broker, KafkaException):
-                RawProducer(config)  # librdkafka looks at each option, also at those that only consumers use
+            if broker.client:
+                with blamed(broker, KafkaException):  # librdkafka looks at each, also at those that only consumers use
+                    RawProducer(client.for_producer({}) | config)
             connection = cls(adapter, topology, broker, config)
             await asyncio.to_thread(connection._resources.admin.list_topics, timeout=patience)
         except KafkaException as error:
