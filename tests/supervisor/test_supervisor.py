@@ -181,7 +181,8 @@ async def test_nothing_leaks_over_a_hundred_reloads(run):
     before = held()
     for number in range(100):
         await team.supervisor.update(team.with_agents(agent(config={"n": number + 10}), agent("writing")))
-    await eventually(lambda: held() == before)
+    # less is no leak: a process of an earlier test may have been there at first
+    await eventually(lambda: all(now <= then for now, then in zip(held(), before, strict=True)))
     assert team.agent("writing")["restarts"] == 0
     assert team.words("writing.0") == ["start", "ready"]
 
