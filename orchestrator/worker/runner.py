@@ -37,7 +37,7 @@ class Runner:
 
     def _add_taker(self) -> None:
         # Named, as asyncio would make up a name for each.
-        self._takers.add(asyncio.Task(self._take(), loop=self._loop, name="handler", context=self._context))
+        self._takers.add(asyncio.Task(self._take(), loop=self._loop, name="handler", context=self._context.copy()))
 
     async def _take(self) -> None:
         task = asyncio.current_task()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
+from typing import Any
 
 import pytest
 
@@ -70,13 +71,19 @@ async def test_while_handlers_wait_all_of_them_begin_in_one_turn(runner: Runner)
     async def wait() -> None:
         await asyncio.sleep(0)
 
-    runner.start(handler("first", tasks, wait))
-    await ended(tasks, 1)
-    for number in range(50):
-        runner.start(handler(str(number), tasks, wait))
+    def burst(name: str) -> None:
+        for number in range(50):
+            runner.start(handler(f"{name}{number}", tasks, wait))
+
+    burst("a")
     await asyncio.sleep(0)
-    assert len(tasks) == 51
-    await ended(tasks, 51)
+    await asyncio.sleep(0)  # the first one shows in its turn that they wait
+    assert len(tasks) == 50
+    await ended(tasks, 50)
+    burst("b")
+    await asyncio.sleep(0)
+    assert len(tasks) == 100
+    await ended(tasks, 100)
 
 
 async def test_a_context_is_nobody_elses(runner: Runner) -> None:
@@ -104,6 +111,27 @@ async def test_a_context_is_nobody_elses(runner: Runner) -> None:
     assert WHOSE.get() == "nobody's"
 
 
+async def test_a_loop_that_a_handler_turns_by_itself_can_run_the_others(runner: Runner) -> None:
+    """As libraries do that wait inside plain functions: no context is entered twice."""
+    tasks: Tasks = {}
+    loop: Any = asyncio.get_running_loop()
+    turned = 0
+
+    async def turn() -> None:
+        nonlocal turned
+        await asyncio.sleep(0)
+        for handle in loop._ready:
+            handle._context.run(list)
+            turned += 1
+
+    for name in "abc":
+        runner.start(handler(name, tasks, turn))
+    await ended(tasks, 3)
+    assert turned
+    for task in tasks.values():
+        task.result()
+
+
 async def test_cancelling_one_that_waits_reaches_only_that_one(runner: Runner) -> None:
     tasks: Tasks = {}
     told: list[str] = []
@@ -126,6 +154,20 @@ async def test_cancelling_one_that_waits_reaches_only_that_one(runner: Runner) -
     tasks["a"].cancel()
     await ended(tasks, 2)
     assert told == ["a"]
+
+
+async def test_one_that_only_lets_the_others_run_is_cancelled_too(runner: Runner) -> None:
+    tasks: Tasks = {}
+
+    async def go_on() -> None:
+        for _ in range(100):
+            await asyncio.sleep(0)
+
+    runner.start(handler("a", tasks, go_on))
+    await asyncio.sleep(0)
+    tasks["a"].cancel()
+    await ended(tasks, 1)
+    assert tasks["a"].cancelled()
 
 
 async def test_one_that_cancels_itself_does_not_cancel_the_next(runner: Runner) -> None:
