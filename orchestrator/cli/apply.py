@@ -177,10 +177,10 @@ def destroy(
         if losses and len(losses) == len(planned.refused):
             question = f"This loses what they hold. Type the topology's name ({topology.name}) to go on:"
             if not console.typed(question, topology.name):
-                again = applying.destroy_command(planned)
+                again = applying.destroy_again(planned)
                 raise OrchestratorError(
-                    f"{len(losses)} of these hold events; nothing was changed",
-                    hint=f"{again}, or type the topology's name on a terminal",
+                    f"{len(losses)} of these hold{'s' * (len(losses) == 1)} events; nothing was changed",
+                    hint=f"{again}, or the topology's name on a terminal",
                 )
             return _consent(True, [*named, *(o.needs for o in losses)])
         if not planned.refused and planned.pending:

@@ -152,13 +152,14 @@ def _check_overtaken(plan: Plan, *, stopped: bool) -> None:
     what = "; ".join(f"{o.resource} {f'holds {holding(o)}' if o.events else o.cause} now" for o in plan.refused)
     done = "the workers were stopped, nothing was deleted" if stopped else "nothing was changed"
     again = "; or let the workers go on: orchestrator apply -d" if stopped else ""
-    raise RefusedError(plan.redact(f"{what}: it was overtaken; {done}"), hint=f"{destroy_command(plan)}{again}")
+    raise RefusedError(plan.redact(f"{what}: it was overtaken; {done}"), hint=f"{destroy_again(plan)}{again}")
 
 
-def destroy_command(plan: Plan) -> str:
-    """What to type so that `plan`, of a destroy, is not refused for the losses that it names."""
+def destroy_again(plan: Plan) -> str:
+    """What to add so that `plan`, of a destroy, is not refused for the losses that it names. No whole command: without
+    the `-f` and `--set` that were typed it would be about another broker, perhaps."""
     names = (*plan.allow_loss, *(o.needs for o in plan.refused if o.needs))
-    return plan.redact(" ".join(["orchestrator destroy --yes", *(f"--allow-loss={name}" for name in names)]))
+    return plan.redact(" ".join(["type the same with --yes", *(f"--allow-loss={name}" for name in names)]))
 
 
 async def running_agents(topology: Topology) -> dict[str, Agent] | None:

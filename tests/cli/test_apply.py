@@ -171,8 +171,8 @@ def test_destroy_leaves_nothing_and_refuses_to_lose_events_unasked(folder: Folde
     folder.ok("publish", "parcel.packed", "{}")
     assert "--allow-loss=shop-parcels" in folder.refused("destroy", "--yes")
     assert folder.run("plan", "--exit-code").code == 0
-    hint = folder.refused("destroy", "--yes").partition("orchestrator ")[2].partition(",")[0]
-    folder.ok(*hint.split())
+    hint = folder.refused("destroy", "--yes").partition("type the same with ")[2].partition(",")[0]
+    folder.ok("destroy", *hint.split())
     after = folder.ok("plan", "-o", "json").json["operations"]
     assert {o["action"] for o in after} == {"create"}
     assert "nothing on the broker is labelled shop" in folder.ok("destroy").err

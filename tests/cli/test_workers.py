@@ -217,7 +217,7 @@ def test_a_destroy_that_is_overtaken_says_what_it_did_and_deletes_nothing(folder
     with pytest.raises(RefusedError) as refused:
         asyncio.run(applying.destroy(load([folder.path / "topology.yaml"]).topology, Consent(True), decide, listener))
     assert "channel shop-parcels holds 1 event" in refused.value.message
-    assert str(refused.value.hint).startswith("orchestrator destroy --yes --allow-loss=shop-parcels")
+    assert str(refused.value.hint).startswith("type the same with --yes --allow-loss=shop-parcels")
     stopped = when != "after the answer"
     assert folder.state() == ("none" if stopped else "running")
     assert ("the workers were stopped, nothing was deleted" in refused.value.message) is stopped
