@@ -1,10 +1,12 @@
 """The entry point: `orchestrator`, and `python -m orchestrator.cli`.
 
-What comes before the imports: Ctrl-C ends it quietly then, too, and the three standard streams are there.
+What comes before the imports: Ctrl-C ends it quietly then, too, the three standard streams are there, and other
+descriptors that came from whoever started us go no further.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -17,6 +19,10 @@ def main() -> None:
             free = os.open(os.devnull, os.O_RDWR)
             os.set_inheritable(free, True)
             setattr(sys, name, os.fdopen(free, mode))
+    for descriptor in map(int, os.listdir("/dev/fd")):
+        if descriptor > 2:  # a supervisor that outlives us would hold the caller's lock, or keep a pipe of his open
+            with contextlib.suppress(OSError):  # that of the listing itself is closed
+                os.set_inheritable(descriptor, False)
     before = signal.getsignal(signal.SIGINT)
     if before is signal.default_int_handler:  # else it is ignored: whoever started us wants that
         signal.signal(signal.SIGINT, lambda *_: os._exit(130))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import select
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from orchestrator.reconcile.planner import Consent
 from orchestrator.topology import load
 from tests.cli.conftest import AGENTS, TOPOLOGY
 from tests.cli.rig import COMMAND, Folder, Foreground, wait
+from tests.patience import PATIENCE
 
 Start = Callable[..., Foreground]
 
@@ -111,6 +113,19 @@ def test_a_file_that_an_edit_broke_leaves_what_runs_to_be_seen_and_stopped(folde
     finally:
         folder.ok("stop")
     assert "this is about" not in folder.refused("status")
+
+
+def test_a_detached_supervisor_holds_nothing_of_who_started_it(folder: Folder) -> None:
+    ours, theirs = os.pipe()
+    command = [*COMMAND, "apply", "--yes", "-d"]
+    subprocess.run(command, cwd=folder.path, check=True, capture_output=True, pass_fds=[theirs])
+    os.close(theirs)
+    try:
+        assert select.select([ours], [], [], PATIENCE)[0], "the pipe is still open somewhere"
+        assert os.read(ours, 1) == b""
+        assert folder.state() == "running"
+    finally:
+        os.close(ours)
 
 
 def test_apply_hands_an_edit_over_to_the_running_supervisor(folder: Folder) -> None:
