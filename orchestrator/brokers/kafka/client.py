@@ -192,27 +192,26 @@ def end_of(reader: RawConsumer, place: TopicPartition) -> int:
 
 @lru_cache(1024)
 def _constant(event_type: str, source_agent: str) -> Headers:
-    return [("event-type", _escaped(event_type)), ("source-agent", _escaped(source_agent))]
+    return [("event-type", _encode(event_type)), ("source-agent", _encode(source_agent))]
 
 
-def _escaped(value: str) -> bytes:
-    """For what the client cannot encode by itself: bytes that were no UTF-8."""
+def _encode(value: str) -> bytes:
+    """As bytes: of text the client takes only what stands before a NUL."""
     return value.encode("utf-8", "surrogateescape")
 
 
 def headers_of(message: Outgoing) -> Headers:
     """The wire headers of the contract, then the message's own (a dead letter keeps its originals)."""
-    correlation, identity, own = message.correlation_id, message.message_id, message.headers
     found: Headers = [
         *_constant(message.event_type, message.source_agent),
-        ("correlation-id", correlation if correlation.isascii() else _escaped(correlation)),
-        (EVENT_ID, identity if identity.isascii() else _escaped(identity)),
+        ("correlation-id", message.correlation_id.encode("utf-8", "surrogateescape")),
+        (EVENT_ID, message.message_id.encode("utf-8", "surrogateescape")),
     ]
-    if own:
+    if own := message.headers:
         if not _NAMED.isdisjoint(own):
             found = [header for header in found if header[0] not in own]
         for name, value in own.items():
-            found.append((name, value if value.isascii() else _escaped(value)))
+            found.append((name, value.encode("utf-8", "surrogateescape")))
     return found
 
 
