@@ -172,27 +172,23 @@ def when(text: str) -> Start:
         return "earliest"
     if text == "latest":
         return "latest"
+    return _time(text, "write earliest, latest, a duration ago such as 15m, or 2026-01-31T12:00:00Z")
+
+
+def moment(text: str) -> datetime:
+    """A duration ago or a time. Raises OrchestratorError."""
+    return _time(text, "write a duration ago such as 15m, or 2026-01-31T12:00:00Z")
+
+
+def _time(text: str, hint: str) -> datetime:
     try:
         found = datetime.now(UTC) - timedelta(seconds=seconds(text))
     except ValueError:
         try:
             found = datetime.fromisoformat(text)
         except ValueError:
-            raise OrchestratorError(
-                f"not a time: {text!r}",
-                hint="write earliest, latest, a duration ago such as 15m, or 2026-01-31T12:00:00Z",
-            ) from None
+            raise OrchestratorError(f"not a time: {text!r}", hint=hint) from None
     return max(found if found.tzinfo else found.replace(tzinfo=UTC), _FIRST)
-
-
-def moment(text: str) -> datetime:
-    """A duration ago or a time. Raises OrchestratorError."""
-    found = when(text)
-    if not isinstance(found, datetime):
-        raise OrchestratorError(
-            f"not a time: {text!r}", hint="write a duration ago such as 15m, or 2026-01-31T12:00:00Z"
-        )
-    return found
 
 
 def duration(text: str) -> float:

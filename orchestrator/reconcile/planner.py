@@ -336,7 +336,7 @@ def _replaced_parent(resource: ResourceId, replaced: Sequence[ResourceId]) -> Re
 
 def _unknown(consent: Consent, resources: Collection[ResourceId]) -> Iterable[tuple[str, str]]:
     names = sorted({r.name for r in resources if r.kind != "internal"})
-    known = {*names, *(r.name for r in resources), *(f"{r.broker}:{r.name}" for r in resources)}
+    known = {*(r.name for r in resources), *(f"{r.broker}:{r.name}" for r in resources)}
     for name in sorted(consent.allow_loss - known):
         yield name, near(name, names) or (f"there are {listing(names)}" if names else "leave it out")
 

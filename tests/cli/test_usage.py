@@ -44,6 +44,7 @@ def test_usage_errors_exit_with_2(wrong: list[str], tmp_path: Path) -> None:
         (["request", "order.placed", "{}", "--timeout", "-1s"], "not a duration"),
         (["tail", "--from", "yesterday"], "earliest, latest, a duration ago"),
         (["replay", "pack", "--from", "2999-01-01"], "lies in the future"),
+        (["dlq", "list", "--since", "tomorrow"], "→ write a duration ago such as 15m"),
         (["dlq", "list", "--since", "latest"], "not a time"),
         (["dlq", "redrive", "--set", "event_type.x=1"], "payload.<name>"),
         (["scale", "pack", "10001"], "10000"),
