@@ -51,6 +51,26 @@ async def test_a_commit_whose_answer_is_lost_moves_an_event_once(
         await eventually(finished, what="a commit of both")
 
 
+async def test_what_a_transaction_wrote_is_reported_before_it_is_ended(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ended while a refusal is on its way, it is waited for as long as that is allowed to take."""
+    unreported: list[int] = []
+
+    class Watched(Producer):
+        def send_offsets_to_transaction(self, *given: Any) -> Any:
+            unreported.append(len(self))
+            return super().send_offsets_to_transaction(*given)
+
+    monkeypatch.setattr(moving, "RawProducer", Watched)
+    async with rig.lab() as lab:
+        await lab.publish()
+        reader = await lab.reader(free=1)
+        delivery = await reader.take_one()
+        await reader.settle(delivery, lab.letter(delivery))
+    assert set(unreported) == {0}
+
+
 async def test_positions_that_another_leaves_pending_are_waited_for_and_then_taken_up(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
