@@ -70,8 +70,9 @@ class _Forward(logging.Handler):
     log: Any = None
 
     def emit(self, record: logging.LogRecord) -> None:
-        if self.log is None:  # the warm parent's own words
-            sys.stderr.write(f"{self.format(record)}\n")
+        if self.log is None:  # the warm parent, or a rehearsal: as if nobody had set logging up
+            if record.levelno >= logging.WARNING:
+                sys.stderr.write(f"{self.format(record)}\n")
             return
         level = next((name for name, least in _LEVELS.items() if record.levelno >= least), "debug")
         more = {"exc_info": record.exc_info} if record.exc_info else {}

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import gc
+import logging
 import sys
 
+import pytest
+
 from orchestrator.supervisor import sharing
+from orchestrator.worker import logs
 
 
 def _private(kib: int) -> int:
@@ -45,3 +49,10 @@ def test_the_filling_is_given_up_and_stays_small() -> None:
     finally:
         filling.clear()
         gc.unfreeze()
+
+
+def test_before_there_is_a_worker_only_warnings_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+    """A rehearsal imports handlers too; what they log then is said again by the worker."""
+    for level in (logging.INFO, logging.WARNING):
+        logs._Forward().handle(logging.makeLogRecord({"msg": logging.getLevelName(level), "levelno": level}))
+    assert capsys.readouterr().err == "WARNING\n"
