@@ -135,11 +135,12 @@ async def test_a_loop_that_a_handler_turns_by_itself_can_run_the_others(runner: 
 async def test_cancelling_one_that_waits_reaches_only_that_one(runner: Runner) -> None:
     tasks: Tasks = {}
     told: list[str] = []
+    gate = asyncio.Event()
 
     def waiting(name: str) -> Run:
         async def body() -> None:
             try:
-                await asyncio.sleep(0.01)
+                await gate.wait()
             except asyncio.CancelledError:
                 told.append(name)
                 raise
@@ -152,6 +153,7 @@ async def test_cancelling_one_that_waits_reaches_only_that_one(runner: Runner) -
         while len(tasks) < 2:
             await asyncio.sleep(0)
     tasks["a"].cancel()
+    gate.set()
     await ended(tasks, 2)
     assert told == ["a"]
 
