@@ -335,6 +335,14 @@ async def test_a_stand_in_for_an_unknown_agent_says_so(topology: Write) -> None:
         await TopologyTest(topology(), handlers={"wrting": nothing}).__aenter__()
 
 
+async def test_looking_at_an_unknown_agent_says_so(topology: Write) -> None:
+    """Or `== []` would hold for whatever was misspelt."""
+    async with TopologyTest(topology()) as t:
+        for look in (t.dead_letters, t.runs):
+            with pytest.raises(ValueError, match="no such agent: wrting"):
+                look("wrting")
+
+
 def test_the_same_without_async(topology: Write) -> None:
     with SyncTopologyTest(topology()) as t:
         t.publish("task.assigned", {"query": "whales"})

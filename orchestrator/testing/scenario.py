@@ -7,7 +7,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -190,7 +190,9 @@ class TopologyTest:
         return list(self._runs[self._of(agent)[0].agent.name])
 
     def dead_letters(self, agent: str | None = None) -> list[DeadLetter]:
-        """Every dead letter so far, in order; of one agent."""
+        """Every dead letter so far, in order; of one agent. Raises ValueError when there is no such agent."""
+        if agent is not None and agent not in self.topology.agents:
+            raise _unknown(agent, self.topology.agents)
         found = []
         for one in self._stored:
             letter = wire.parse(one.entry.headers)
@@ -225,8 +227,7 @@ class TopologyTest:
     def _of(self, agent: str) -> list[stage.Actor]:
         found = [actor for actor in self._actors if actor.agent.name == agent]
         if not found:
-            running = dict.fromkeys(actor.agent.name for actor in self._actors)
-            raise ValueError(f"no such agent: {agent}; there are {', '.join(running)}")
+            raise _unknown(agent, dict.fromkeys(actor.agent.name for actor in self._actors))
         return found
 
     def _busy(self) -> list[str]:
@@ -318,6 +319,10 @@ class SyncTopologyTest:
 
     def dead_letters(self, agent: str | None = None) -> list[DeadLetter]:
         return self.test.dead_letters(agent)
+
+
+def _unknown(agent: str, known: Iterable[str]) -> ValueError:
+    return ValueError(f"no such agent: {agent}; there are {', '.join(known)}")
 
 
 def _loaded(source: Source, sets: Mapping[str, str]) -> Topology:

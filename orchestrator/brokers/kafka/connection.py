@@ -376,14 +376,14 @@ class KafkaConnection(Connection):
         facts.append(
             Fact(
                 "durability",
-                f"{copies} copies, confirmed by at least {least}",
+                f"{copies} {'copies' if copies > 1 else 'copy'}, confirmed by at least {least}",
                 "ok" if safe else "warning",
                 "" if safe else "only replication: 3 with min.insync.replicas 2 survives the loss of a machine",
             )
         )
         if least > copies:
             hint = "raise the channels' replication, or lower min.insync.replicas"
-            facts.append(Fact("min.insync.replicas", f"{least} is more than the {copies} copies", "error", hint))
+            facts.append(Fact("min.insync.replicas", f"{least} is more than there are copies ({copies})", "error", hint))
         if value.get("unclean.leader.election.enable") == "true":
             hint = "set unclean.leader.election.enable=false"
             facts.append(Fact("unclean leader election", "confirmed events may be lost", "warning", hint))
