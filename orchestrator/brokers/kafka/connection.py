@@ -383,7 +383,7 @@ class KafkaConnection(Connection):
         )
         if least > copies:
             hint = "raise the channels' replication, or lower min.insync.replicas"
-            facts.append(Fact("min.insync.replicas", f"{least} is more than there are copies ({copies})", "error", hint))
+            facts.append(Fact("min.insync.replicas", f"{least}, and {copies} copies", "error", hint))
         if value.get("unclean.leader.election.enable") == "true":
             hint = "set unclean.leader.election.enable=false"
             facts.append(Fact("unclean leader election", "confirmed events may be lost", "warning", hint))
