@@ -86,7 +86,7 @@ class Attempt:
         """It has to wait; should this process die meanwhile, its successor gives the event back at once."""
         self.runtime.journal.begin(self.slot, State.HELD, self.port.code, self.delivery.token)
 
-    def start(self, state: int) -> None:
+    def start(self, state: int, deadline: float) -> None:
         """Runs the handler, or ends at once when the event is not for it. The journal knows before anything else."""
         runtime, port, delivery = self.runtime, self.port, self.delivery
         runtime.journal.begin(self.slot, state, port.code, delivery.token)
@@ -100,7 +100,7 @@ class Attempt:
         if not wanted:
             self.settle(())
             return
-        runtime.handling(self)
+        self.deadline = deadline
         runtime.runner.start(self._run)
 
     async def _run(self, task: asyncio.Task[None]) -> None:
@@ -284,7 +284,9 @@ class Attempt:
         if self._error is not None:
             self.fail(self._error)
             return
-        held, self.outputs = self.outputs, []
+        held = self.outputs
+        if held:
+            self.outputs = []
         if not self._foreign and not self._unconfirmed:
             self.settle(held)
             return

@@ -238,14 +238,14 @@ class Runtime:
     async def in_thread(self, call: Callable[..., Any], *arguments: Any) -> Any:
         return await self.loop.run_in_executor(self._pool, call, *arguments)
 
-    def handling(self, attempt: Attempt) -> None:
-        """A handler starts: see to its timeout."""
+    def deadline(self) -> float:
+        """Until when a handler may run that starts now; sees to it that it does not run longer."""
         now = self.loop.time()
-        attempt.deadline = now + self.agent.timeout
         if not self._sweeping:
             self._sweeping = True
             self._swept = now
             self.loop.call_later(self._sweep_every, self._sweep)
+        return now + self.agent.timeout
 
     def _sweep(self) -> None:
         """Stops what is over its time. While the loop was blocked nobody could end, so that time is given back."""

@@ -71,6 +71,7 @@ class Slots:
             port.consumer.release(deliveries)
             return
         attempts, free, waiting = self.attempts, self._free, self._waiting
+        deadline = self._runtime.deadline()
         for delivery in deliveries:
             slot = free.pop()
             attempt = attempts[slot] = Attempt(self._runtime, port, delivery, slot)
@@ -81,7 +82,7 @@ class Slots:
                 and self._alone is None
                 and len(attempts) - len(free) <= self._concurrency
             ):
-                attempt.start(_STARTED)
+                attempt.start(_STARTED, deadline)
             else:
                 attempt.hold()
                 waiting.append(attempt)
@@ -115,7 +116,7 @@ class Slots:
             state, self._alone = State.STARTED_ALONE.value, attempt
             self.release_waiting()  # it may take as long as a timeout, or end this process
         if decision.mark is None:
-            attempt.start(state)
+            attempt.start(state, self._runtime.deadline())
             return
         attempt.history = decision.mark
 
@@ -123,7 +124,7 @@ class Slots:
             if error is not None or attempt.stage is not Stage.HELD:
                 attempt.end()
             elif self.open:
-                attempt.start(state)
+                attempt.start(state, self._runtime.deadline())
             else:
                 endings.give_back(attempt)
 

@@ -15,6 +15,7 @@ from confluent_kafka import Message, TopicPartition
 from orchestrator import clock
 from orchestrator.brokers.base import FRESH, Delivery, History
 from orchestrator.brokers.kafka import client
+from orchestrator.brokers.kafka.client import EVENT_ID, NOTHING
 from orchestrator.brokers.kafka.ledger import Ledger
 from orchestrator.topology.model import matches
 
@@ -45,7 +46,7 @@ class Book(Ledger["KafkaDelivery"]):
 class KafkaDelivery(Delivery):
     """Its headers are read by few handlers, so they are decoded when somebody asks."""
 
-    __slots__ = ("_headers", "book", "handed", "message", "offset")
+    __slots__ = ("_headers", "book", "handed", "message", "offset", "stored")
 
     def __init__(self, book: Book, message: Message, offset: int, kind: str | None, channel: str) -> None:
         self.book = book
@@ -58,7 +59,7 @@ class KafkaDelivery(Delivery):
         self.channel = channel
         self.position = f"{book.place}{offset}"
         self.token = b'%b%d,"{}"]' % (book.token, offset)
-        self.time = message.timestamp()[1] / 1000
+        self.stored: float | None = None  # when it first was, if it has waited for a retry since
         self.redelivered = book.redelivered(offset)
         self.history = FRESH
 
@@ -68,6 +69,10 @@ class KafkaDelivery(Delivery):
             found, ours = client.pairs(self.message), client.MECHANICS
             self._headers = {k: v.decode("utf-8", "surrogateescape") if v else "" for k, v in found if k not in ours}
         return self._headers
+
+    @property
+    def time(self) -> float:  # type: ignore[override]  # seldom asked for
+        return self.message.timestamp()[1] / 1000 if self.stored is None else self.stored
 
     @property
     def place(self) -> Place:
@@ -138,11 +143,11 @@ class Intake:
         """Passes over another subscription's type, and an event_id that this partition has had within its window."""
         identity = kind = None
         for name, value in client.pairs(message):
-            if name == client.EVENT_ID:
-                identity = value
-            elif name == "event-type":
+            if name == "event-type":
                 kind = value
-            elif name == client.NOTHING:
+            elif name == EVENT_ID:
+                identity = value
+            elif name == NOTHING:
                 return
         event_type, wanted = self._types.get(kind) or self._learn(kind)
         if not wanted:
@@ -172,7 +177,7 @@ class Intake:
     def _park(self, book: Book, offset: int, message: Message) -> None:
         """Keeps a retry until it is due. Beyond the budget its body is dropped, and fetched again by a seek."""
         headers = client.readable(message)
-        if client.NOTHING in headers:
+        if NOTHING in headers:
             return
         book.park(offset)
         due = float(headers.get(client.DUE) or 0)
@@ -248,7 +253,8 @@ def _resume(delivery: KafkaDelivery) -> None:
     headers = client.readable(delivery.message)
     delivery.event_type = headers.get("event-type")
     delivery.position = headers.get(client.ORIGIN, delivery.position)
-    delivery.time = float(headers.get(client.STORED) or delivery.time)
+    if stored := headers.get(client.STORED):
+        delivery.stored = float(stored)
     if (history := history_of(headers.get(client.HISTORY, ""))) is not None:
         delivery.inherit(history)
 
