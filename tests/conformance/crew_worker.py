@@ -49,7 +49,7 @@ def die_at(point: str, record: str) -> None:
     retry = endings.retry
 
     if point == "before the handler":
-        Attempt.start = lambda self, state: (end(), start(self, state))[1]  # type: ignore[method-assign]
+        Attempt.start = lambda self, *a: (end(), start(self, *a))[1]  # type: ignore[method-assign]
     elif point == "after the handler":
         Attempt._finish = lambda self: (end(), finish(self))[1]  # type: ignore[method-assign]
     elif point == "before settling":
@@ -79,8 +79,8 @@ def without(mechanism: str) -> None:
     elif mechanism == "settling after the handler":
         start = Attempt.start
 
-        def settle_first(self: Attempt, state: Any) -> None:
-            self.port.consumer.settle(self.delivery, (), lambda error: start(self, state))
+        def settle_first(self: Attempt, *a: Any) -> None:
+            self.port.consumer.settle(self.delivery, (), lambda error: start(self, *a))
 
         Attempt.start = settle_first  # type: ignore[method-assign]
     elif mechanism == "one id for one dead letter":
