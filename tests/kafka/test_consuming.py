@@ -372,7 +372,7 @@ async def test_what_lies_ready_but_was_never_asked_for_goes_to_the_other_replica
         await lab.send(*(lab.message(key=str(number)) for number in range(40)))
         running = await first.take_one()
         assert (await lab.lag()).in_flight in (0, 1)  # as of the last commit
-        await eventually(lambda: in_flight(lab), what="one in flight and no more")
+        await eventually(lambda: lag_is(lab, 39, 1), what="one in flight and no more")
         second = await lab.reader(free=100)
         await first.settle(running)
         await eventually(lambda: len(second.seen) >= 10, what="the other partition's events")
@@ -381,9 +381,24 @@ async def test_what_lies_ready_but_was_never_asked_for_goes_to_the_other_replica
         await eventually(lambda: len(first.seen) + len(second.seen) == 40, what="all events, each once")
 
 
-async def in_flight(lab: Lab) -> bool:
+async def lag_is(lab: Lab, waiting: int, in_flight: int) -> bool:
     lag = await lab.lag()
-    return (lag.waiting, lag.in_flight) == (39, 1)
+    return (lag.waiting, lag.in_flight) == (waiting, in_flight)
+
+
+async def test_lag_tells_what_runs_of_what_had_lain_ready(rig: Rig) -> None:
+    """However long the handler takes, and though nothing else gives cause for a commit."""
+    async with rig.lab() as lab:
+        reader = await lab.reader()
+        reader.demand(0)
+        await lab.send(lab.message())
+        consumer: Any = reader.consumer
+        await eventually(lambda: consumer._stock, what="it lies ready")
+        books = consumer._reader._positions.books.values()
+        await eventually(lambda: not any(book.dirty or book.ahead for book in books), what="all of that is committed")
+        assert (await lab.lag()).in_flight == 0
+        reader.demand(1)
+        await eventually(lambda: lag_is(lab, 0, 1), what="one in flight")
 
 
 async def test_cancelling_in_the_moment_when_it_joins_is_not_forgotten(rig: Rig) -> None:
